@@ -1,0 +1,1205 @@
+"""Solve (H + εI) x = v exactly, H the full Hessian of a deep network's loss.
+
+The loss of an L-layer network is the mean over a batch of N samples; its Hessian in all P parameters is
+P × P, symmetric, and indefinite almost everywhere. It is never formed. Along a change X_ℓ of every layer's
+weights, the pre-activations change to first order by s_ℓ and the activations by t_ℓ,
+
+    s_ℓ = z̃_{ℓ-1} X_ℓᵀ + t_{ℓ-1} W_ℓᵀ,    t_ℓ = φ′(h_ℓ) s_ℓ + σ_ℓ t_{ℓ-1},    t_0 = 0,
+
+and the second-order change of the loss is a quadratic in these, a sum over layers that couples neighbours only:
+
+    ⟨X, H X⟩ = ⟨s_L, Λ s_L⟩ + Σ_{ℓ<L} ⟨β_ℓ φ″(h_ℓ), s_ℓ²⟩ + 2 Σ_{ℓ>1} ⟨λ_ℓ, t_{ℓ-1} X_ℓ[:, :-1]ᵀ⟩.
+
+So (H + εI) x = v is a control problem with parameters as controls and activations as state, and a block
+tridiagonal system: one sweep from the last layer to the first eliminates layer after layer (a Riccati
+recursion), one sweep back gives x. Time and memory are linear in L.
+
+Notation (one letter, one meaning, here and in the code; the last column gives the source's names)
+
+    N, L, C       samples of the batch, layers, classes
+    a, d          width of layer ℓ; its inputs with the bias (d = a_{ℓ-1} + 1, or a_{ℓ-1} without bias)
+    z̃  (N, d)     inputs of layer ℓ, with a column of ones for the bias
+    W  (a, a′)    weights without the bias; h = z̃ W̃ᵀ with it; z = φ(h) + σ z_{ℓ-1}, σ = 1 on a skip, else 0
+    β, λ (N, a)   ∂loss/∂z and ∂loss/∂h
+    Λ  (N, C, C)  Hessian of the loss in the logits, one block a sample
+    X  (a, d)     layer ℓ's block of the unknown x; V of the right-hand side
+    J, A, S       Y ↦ R Yᵀ (D_x), t ↦ t Wᵀ (with φ′: ∇_z f), t ↦ λᵀ [t, 0] Q (D_D D_zx); all structured
+
+Reduced parameters. X acts on s through z̃ = R Qᵀ only, of rank r ≤ min(N, d): X = Y Qᵀ + X⊥, X⊥Q = 0, and X⊥
+meets nothing but ε and λ, so it is eliminated in closed form. Layer ℓ's pivot is of size m = a r ≤ N a.
+
+    pivot       G = εI + JᵀK J                          (m, m)      K = φ′P φ′ + diag(β φ″)    (n, n), n = N a
+    coupling    B = S + Jᵀ(K A + σ φ′P)                 (m, n′)     P, the cost-to-go of t_ℓ   (n, n)
+    cost-to-go  P ← TᵀP T + AᵀD A − BᵀG⁻¹B − (λλᵀ) ⊗ (I − QQᵀ)/ε    T = φ′A + σI,  D = diag(β φ″)
+
+Each G is factored as F Σ Fᵀ, Σ = ±1: by Cholesky where it is positive definite, else by LDLᵀ with
+Bunch–Kaufman pivots; B enters as F⁻¹B alone (a congruence), and no pivot is ever changed. By Sylvester and
+Haynsworth the signs in all Σ are the inertia of H + εI, and its determinant is the product of theirs.
+
+Cost. Factoring: Σ_ℓ m³/3 + m²n′ + m n′² multiply-adds, O(L (N a)³); memory O(L (N a)²). Every further right-hand
+side: O(Σ m² + m n′). A product with H costs two passes through the network. Where P is smaller than the state N a,
+forming H (P products) and factoring it once is cheaper: `route='auto'` counts and chooses.
+
+Assumptions. Fully connected layers, with or without skips; elementwise activations; a loss whose Hessian in the
+logits is diagonal minus rank one for every sample (cross-entropy, mean square). For relu, φ″ is taken as zero:
+its Hessian is that of the piece the batch lies on. ε has the unit of loss / parameter²: scale the loss, and
+you scale ε. An L2 term ½w‖θ‖² in the loss is damping + w.
+
+References: A. Rahimi, The Hessian of tall-skinny networks is easy to invert, arXiv 2601.06096 (2025), solves the
+same system without condensing the unit blocks; Pantoja (1988) and Dunn & Bertsekas (1989), Newton's step of a
+multistage problem in linear time; Pearlmutter (1994), products with H; Bunch & Kaufman (1977), the pivoting;
+Eisenstat, Elman & Schultz (1983), GCR, the residual-minimizing iteration used to refine.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "DeepMLPWithTracking",
+    "HessianFactorization",
+    "LayerDerivatives",
+    "OutputHessian",
+    "SingularHessianError",
+    "compute_layer_derivatives",
+    "factorize_hessian",
+    "hessian_inverse_vector_product",
+    "hessian_vector_product",
+]
+
+_UNIT_ROUNDOFF = 2.0**-53
+_MAX_REFINEMENTS = 40
+_PATIENCE = 5  # refinement above rtol goes on while the residual halves in this many steps
+_MAX_DIRECTIONS = 20  # GCR combines a correction with at most so many earlier ones
+_UPDATE_BLOCK = 512  # symmetric updates are done by rows of blocks of this size, the lower half only
+_CHUNK_BYTES = 2**28  # temporaries of the many-class pivot and of the dense Hessian are formed in chunks of this
+
+
+class SingularHessianError(torch.linalg.LinAlgError):
+    """H + εI is singular, or v can't be reached to `rtol`. Carries what is known; the message says what to change.
+
+    layer: 1 … L, the layer whose pivot is singular, or None. damping: as asked for. residual: the largest relative
+    residual ‖(H + εI)x − v‖/‖v‖ over the columns, the best that was reached, or None where nothing was solved.
+    """
+
+    def __init__(self, message: str, *, layer: int | None = None, damping=None, residual: float | None = None):
+        super().__init__(message)
+        self.layer, self.damping, self.residual = layer, damping, residual
+
+
+# ------------------------------------------------------------------------------------------------ the network
+
+
+class Activation(NamedTuple):
+    """An elementwise φ with its closed-form derivatives; each maps a tensor of h to one of the same shape."""
+
+    value: Callable[[Tensor], Tensor]
+    first: Callable[[Tensor], Tensor]
+    second: Callable[[Tensor], Tensor]
+
+
+def _sigmoid_second(h: Tensor) -> Tensor:
+    s = torch.sigmoid(h)
+    return s * (1 - s) * (1 - 2 * s)
+
+
+def _sigmoid_first(h: Tensor) -> Tensor:
+    s = torch.sigmoid(h)
+    return s * (1 - s)
+
+
+def _tanh_first(h: Tensor) -> Tensor:
+    return 1 - torch.tanh(h) ** 2
+
+
+def _gaussian(h: Tensor) -> Tensor:
+    return torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)
+
+
+def _silu_first(h: Tensor) -> Tensor:
+    s = torch.sigmoid(h)
+    return s * (1 + h * (1 - s))
+
+
+def _silu_second(h: Tensor) -> Tensor:
+    s = torch.sigmoid(h)
+    return s * (1 - s) * (2 + h * (1 - 2 * s))
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "tanh": Activation(torch.tanh, _tanh_first, lambda h: -2 * torch.tanh(h) * _tanh_first(h)),
+    "sigmoid": Activation(torch.sigmoid, _sigmoid_first, _sigmoid_second),
+    # beyond a threshold of 40 (default: 20, an error of 2e-9) softplus(h) = h to double precision
+    "softplus": Activation(lambda h: F.softplus(h, threshold=40.0), torch.sigmoid, _sigmoid_first),
+    "gelu": Activation(
+        F.gelu,
+        lambda h: 0.5 * torch.erfc(-h / math.sqrt(2)) + h * _gaussian(h),
+        lambda h: (2 - h * h) * _gaussian(h),
+    ),
+    "silu": Activation(F.silu, _silu_first, _silu_second),
+    "relu": Activation(torch.relu, lambda h: (h > 0).to(h.dtype), torch.zeros_like),
+}
+
+
+class _Tracked(NamedTuple):
+    """The batch of the last tracked call; the loss by weak reference, so that its graph can be freed."""
+
+    inputs: Tensor  # (N, a_0)
+    targets: Tensor  # (N,) or (N, C)
+    loss: Callable[[], Tensor | None]
+    fingerprint: Tensor
+
+
+class DeepMLPWithTracking(nn.Module):
+    """A fully connected network that remembers the batch of its last tracked loss, for the solve.
+
+    hidden_dim: one width, or a sequence of `num_hidden_layers` widths. num_hidden_layers: L − 1; 0 is a linear model.
+    activation: a key of `ACTIVATIONS` (relu: its second derivative is taken as zero). bias: in every layer.
+    residual: a skip z = z_{ℓ-1} + φ(h) around every hidden layer whose input and output widths agree.
+    loss: 'cross_entropy' (class indices (N,) or rows of probabilities (N, C); mean over the batch) or 'mse' (targets
+    (N, C); mean over all N·C elements).
+
+    `model(x)` gives logits (N, C), x of any shape (N, …) flattened; `model(x, y)` the loss;
+    `model(x, y, track_activations=True)` the same loss, tracked: inputs and targets are copied and checked.
+    Without tracking nothing is stored, and no branch depends on the data (`torch.func` and `torch.compile` work).
+
+    Initialization: the gain of each layer undoes the mean-square slope of the activation before it, and the
+    mean of that activation is kept out (by the bias, or by rows of W that sum to zero where there is none),
+    so that differences between samples survive forward and gradients backward. A branch beside a skip is scaled by
+    1/√(number of skips). Inputs of about unit variance are assumed.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int | Sequence[int],
+        num_classes: int,
+        num_hidden_layers: int,
+        activation: str = "tanh",
+        *,
+        bias: bool = True,
+        residual: bool = False,
+        loss: str = "cross_entropy",
+    ):
+        super().__init__()
+        if not isinstance(num_hidden_layers, int) or num_hidden_layers < 0:
+            raise ValueError(f"num_hidden_layers must be an integer ≥ 0, got {num_hidden_layers!r}")
+        hidden = [hidden_dim] * num_hidden_layers if isinstance(hidden_dim, int) else list(hidden_dim)
+        if len(hidden) != num_hidden_layers:
+            raise ValueError(
+                f"hidden_dim has {len(hidden)} widths for num_hidden_layers={num_hidden_layers}: give one int, or one "
+                "width a hidden layer"
+            )
+        widths = [input_dim, *hidden, num_classes]
+        if not all(isinstance(width, int) and width >= 1 for width in widths):
+            raise ValueError(f"input_dim, hidden_dim and num_classes must be integers ≥ 1, got {widths}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+        if loss not in ("cross_entropy", "mse"):
+            raise ValueError(f"unknown loss {loss!r}: choose 'cross_entropy' or 'mse'")
+        self.activation, self.loss = activation, loss
+        self.input_dim, self.num_classes = input_dim, num_classes
+        self.layers = nn.ModuleList(nn.Linear(i, o, bias=bias) for i, o in zip(widths, widths[1:], strict=False))
+        # σ_ℓ of each layer; the output layer has none
+        self.skips = tuple(float(residual and i == o) for i, o in zip(widths[:-1], hidden, strict=False)) + (0.0,)
+        self._tracked: _Tracked | None = None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights anew (see the class docstring), from torch's global generator."""
+        phi = ACTIVATIONS[self.activation]
+        nodes, weights = (torch.from_numpy(x) for x in np.polynomial.hermite_e.hermegauss(101))
+
+        def gaussian_mean(f: Callable[[Tensor], Tensor], variance: float) -> float:
+            return (f(nodes * math.sqrt(variance)) @ weights).item() / math.sqrt(2 * math.pi)
+
+        branch_gain = gaussian_mean(lambda h: phi.first(h) ** 2, 1.0) ** -0.5 / math.sqrt(max(sum(self.skips), 1))
+        gain, mean, variance = 1.0, 0.0, 1.0  # of the next layer's weights; of z over units and samples
+        for linear, skip in zip(self.layers, self.skips, strict=True):
+            fan_out, fan_in = linear.weight.shape
+            gain = branch_gain if skip else gain
+            if fan_in == fan_out:
+                nn.init.orthogonal_(linear.weight, gain)  # fluctuates less with depth than independent weights
+            else:
+                nn.init.normal_(linear.weight, 0.0, gain / math.sqrt(fan_in))
+            if linear.bias is not None:
+                linear.bias.copy_(-mean * linear.weight.sum(1))
+            elif mean and fan_in > 2:
+                linear.weight.sub_(linear.weight.mean(1, keepdim=True)).mul_(math.sqrt(fan_in / (fan_in - 1)))
+            h_variance = gain**2 * variance
+            moment = gaussian_mean(phi.value, h_variance)
+            # relu keeps the scale of its input, so that a centred relu would shrink with depth: its mean stays in
+            centre = 0.0 if self.activation == "relu" else moment
+            spread = gaussian_mean(lambda h, c=centre: (phi.value(h) - c) ** 2, h_variance)
+            slope = gaussian_mean(lambda h: phi.first(h) ** 2, h_variance)
+            mean, variance, gain = skip * mean + centre, skip * variance + spread, 1.0 if skip else slope**-0.5
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, loss={self.loss!r}, skips={int(sum(self.skips))}"
+
+    def activate(self, index: int, h: Tensor, z: Tensor) -> Tensor:
+        """Output z_ℓ (N, a) of hidden layer `index` from its pre-activations h and its inputs z. Override both this and
+        `activation_derivatives` to add a new kind of layer z_ℓ = f(h) + σ z, f elementwise (USAGE shows one)."""
+        return _with_skip(self.skips[index], ACTIVATIONS[self.activation].value(h), z)
+
+    def activation_derivatives(self, index: int, h: Tensor) -> tuple[Tensor, Tensor]:
+        """First and second derivative of `activate` in h, elementwise, (N, a) each, in the dtype of h."""
+        phi = ACTIVATIONS[self.activation]
+        return phi.first(h), phi.second(h)
+
+    def forward(self, x: Tensor, targets: Tensor | None = None, track_activations: bool = False) -> Tensor:
+        if x.dim() < 1 or x.shape[1:].numel() != self.input_dim:
+            raise ValueError(f"x must have shape (N, …) with {self.input_dim} numbers a sample, got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"x is {x.dtype}: convert it to {self.layers[0].weight.dtype} first, the model's dtype")
+        z = x = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
+        for index, linear in enumerate(self.layers[:-1]):
+            z = self.activate(index, linear(z), z)
+        logits = self.layers[-1](z)
+        if targets is None:
+            if track_activations:
+                raise ValueError("track_activations=True needs targets: call model(x, y, track_activations=True)")
+            return logits
+        self._check_target_shape(logits, targets)
+        if self.loss == "mse":
+            loss = F.mse_loss(logits, targets)
+        else:
+            # the default ignore_index, −100, would leave samples out of the mean: every index must be a class
+            loss = F.cross_entropy(logits, targets, ignore_index=-(2**62))
+        if track_activations:
+            self._track(x.detach(), targets.detach(), loss)
+        return loss
+
+    def _check_target_shape(self, logits: Tensor, targets: Tensor) -> None:
+        if self.loss == "cross_entropy" and not targets.is_floating_point():
+            if targets.dtype != torch.long or targets.shape != logits.shape[:1]:
+                raise ValueError(
+                    f"class indices must be int64 of shape ({len(logits)},), got {targets.dtype} of shape "
+                    f"{tuple(targets.shape)}"
+                )
+        elif targets.shape != logits.shape or targets.dtype != logits.dtype:
+            kind = "targets" if self.loss == "mse" else "class probabilities"
+            raise ValueError(
+                f"{kind} must be {logits.dtype} of shape {tuple(logits.shape)}, got {targets.dtype} of shape "
+                f"{tuple(targets.shape)}"
+            )
+
+    def _track(self, inputs: Tensor, targets: Tensor, loss: Tensor) -> None:
+        self._tracked = None
+        if len(inputs) == 0:
+            raise ValueError("the batch is empty: the mean loss of no samples has no Hessian")
+        if self.loss == "cross_entropy":
+            if targets.is_floating_point():
+                tolerance = 100 * torch.finfo(targets.dtype).eps
+                if bool((targets < 0).any()) or not bool(((targets.sum(1) - 1).abs() <= tolerance).all()):
+                    raise ValueError(
+                        "rows of class probabilities must be ≥ 0 and sum to 1; row sums range from "
+                        f"{targets.sum(1).min():.6g} to {targets.sum(1).max():.6g}, the smallest entry is "
+                        f"{targets.min():.6g}"
+                    )
+            elif bool(((targets < 0) | (targets >= self.num_classes)).any()):
+                raise ValueError(
+                    f"class indices must lie in 0 … {self.num_classes - 1}, got {targets.min()} … {targets.max()}; "
+                    "drop samples to be ignored before the call"
+                )
+        self._tracked = _Tracked(inputs.clone(), targets.clone(), weakref.ref(loss), _fingerprint(self))
+
+    def __getstate__(self) -> dict:
+        # a copy has no tracked loss of its own: weak references neither copy nor pickle
+        return {**self.__dict__, "_tracked": None}
+
+
+def _with_skip(skip: float, out: Tensor, z: Tensor | None) -> Tensor:
+    """out + σ z; z is None, zero, before layer 1, and of another width than out where σ = 0."""
+    return out + skip * z if skip and z is not None else out
+
+
+@torch.no_grad()
+def _fingerprint(model: nn.Module) -> Tensor:
+    """Two reductions of every parameter: detects any change, `.data` edits too, without a copy of the parameters."""
+    parameters = list(model.parameters())
+    sums = [p.sum(dtype=torch.float64) for p in parameters]
+    norms = [torch.linalg.vector_norm(p, dtype=torch.float64) for p in parameters]
+    return torch.stack(sums + norms)
+
+
+# ---------------------------------------------------------------------------------------- per-layer derivatives
+
+
+class OutputHessian(NamedTuple):
+    """Λ_b = diag(diagonal_b) − u_b u_bᵀ for each sample b; u = `rank_one`, or None for no such term."""
+
+    diagonal: Tensor  # (N, C), ≥ 0
+    rank_one: Tensor | None  # (N, C)
+
+    def apply(self, s: Tensor) -> Tensor:
+        """Λ s for s of shape (…, N, C)."""
+        if self.rank_one is None:
+            return self.diagonal * s
+        return self.diagonal * s - self.rank_one * (self.rank_one * s).sum(-1, keepdim=True)
+
+
+class LayerDerivatives(NamedTuple):
+    """What the solve needs of one layer z = f(h) + σ z_{ℓ-1}, h = z̃ W̃ᵀ: everything in float64, detached."""
+
+    weight: Tensor  # (a, a′)  W, without the bias
+    inputs: Tensor  # (N, d)   z̃, with a last column of ones where the layer has a bias
+    slope: Tensor  # (N, a)    φ′(h); ones in the output layer
+    curvature: Tensor  # (N, a) β φ″(h); zeros in the output layer
+    adjoint: Tensor  # (N, a)  λ = β φ′(h) = ∂loss/∂h
+    skip: float  # σ
+    output: OutputHessian | None  # Λ in the output layer, else None
+
+
+@torch.no_grad()
+def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivatives, ...]:
+    """Derivatives of each layer at the batch last tracked, first layer first; the notation is the module's.
+
+    One forward and one backward pass in float64 from the present parameters, by the closed forms of
+    `ACTIVATIONS`; no autograd. Cost: O(N P). Every tensor is a new one. This is the one place that knows the kinds
+    of layer: a model whose layers have the form z = f(h) + σ z_{ℓ-1} brings its own through `activate` and
+    `activation_derivatives`. Not checked: that the parameters are those of the tracked loss (the callers check).
+    Raises ValueError where nothing was tracked.
+    """
+    if model._tracked is None:
+        raise ValueError("no loss was tracked: call model(x, y, track_activations=True) first")
+    # forward: z̃, h
+    z, targets = model._tracked.inputs.to(torch.float64), model._tracked.targets
+    weights, inputs, pre_activations = [], [], []
+    for index, linear in enumerate(model.layers):
+        weights.append(linear.weight.to(torch.float64, copy=True))
+        inputs.append(z.clone() if linear.bias is None else torch.cat([z, z.new_ones(len(z), 1)], 1))  # (N, d)
+        h = F.linear(z, weights[-1], None if linear.bias is None else linear.bias.to(torch.float64))  # (N, a)
+        pre_activations.append(h)
+        if index + 1 < len(model.layers):
+            z = model.activate(index, h, z)
+    # the loss in the logits: λ_L and Λ
+    N, C = h.shape
+    if model.loss == "mse":
+        adjoint = 2 * (h - targets.to(torch.float64)) / (N * C)
+        output = OutputHessian(torch.full_like(h, 2 / (N * C)), None)
+    else:
+        probabilities = torch.softmax(h, 1)
+        onehot = targets if targets.is_floating_point() else F.one_hot(targets, C)
+        adjoint = (probabilities - onehot.to(torch.float64)) / N
+        output = OutputHessian(probabilities / N, probabilities / math.sqrt(N))
+    # backward: β_{ℓ-1} = λ_ℓ W_ℓ + σ_ℓ β_ℓ
+    layers = [
+        LayerDerivatives(weights[-1], inputs[-1], torch.ones_like(h), torch.zeros_like(h), adjoint, 0.0, output)
+    ]
+    beta = adjoint @ weights[-1]
+    for index in range(len(model.layers) - 2, -1, -1):
+        first, second = model.activation_derivatives(index, pre_activations[index])
+        layer = LayerDerivatives(
+            weights[index], inputs[index], first, beta * second, beta * first, model.skips[index], None
+        )
+        beta = _with_skip(layer.skip, layer.adjoint @ layer.weight, beta)
+        layers.append(layer)
+    return tuple(reversed(layers))
+
+
+def _checked_derivatives(model: DeepMLPWithTracking, loss: Tensor) -> tuple[LayerDerivatives, ...]:
+    """The derivatives, after every check that `loss` is the tracked one and still that of the parameters."""
+    if not isinstance(model, DeepMLPWithTracking):
+        raise TypeError(f"model must be a DeepMLPWithTracking, got {type(model).__name__}: see USAGE.md to convert one")
+    tracked = model._tracked
+    if tracked is None or tracked.loss() is not loss:
+        found = "no loss was tracked" if tracked is None else "this is not the loss that the model tracked last"
+        raise ValueError(
+            f"{found}: pass the very tensor that model(x, y, track_activations=True) returned, of the last such call. "
+            "Terms added to it are not seen: for a weight decay ½w‖θ‖² pass the plain loss and damping + w"
+        )
+    if any(not p.requires_grad for p in model.parameters()):
+        raise ValueError("some parameters are frozen (requires_grad=False): H is that of all of them; unfreeze them")
+    if sum(p.numel() for p in model.parameters()) != sum(p.numel() for p in model.layers.parameters()):
+        raise ValueError("the model has parameters outside `model.layers`: H is that of the layers; make them buffers")
+    if loss.device.type == "mps":
+        raise ValueError("float64 is needed and mps has none: move the model and the batch to the CPU")
+    if not bool(torch.isfinite(loss)):
+        raise ValueError(f"the loss is {loss.item()}: look for overflow in the inputs or the parameters")
+    if not torch.equal(_fingerprint(model), tracked.fingerprint):
+        raise ValueError("the parameters changed since the loss was tracked: call the model on the batch again")
+    return compute_layer_derivatives(model)
+
+
+# ---------------------------------------------------------------------------------------------------- products
+
+
+def _blocks(layers: Sequence[LayerDerivatives], v: Tensor) -> list[Tensor]:
+    """(P, k) → one (k, a, d) a layer, the bias as last column: model.parameters() has each weight, then its bias."""
+    blocks, rest = [], v.mT.contiguous()  # (k, P)
+    for layer in layers:
+        (a, width), d = layer.weight.shape, layer.inputs.shape[1]
+        weight, bias, rest = rest.tensor_split((a * width, a * d), 1)
+        blocks.append(torch.cat([weight.unflatten(1, (a, width)), bias.unflatten(1, (a, d - width))], 2))
+    return blocks
+
+
+def _flatten(layers: Sequence[LayerDerivatives], blocks: Sequence[Tensor]) -> Tensor:
+    """The inverse of `_blocks`: one (k, a, d) a layer → (P, k)."""
+    pieces = []
+    for layer, block in zip(layers, blocks, strict=True):
+        weight, bias = block.tensor_split((layer.weight.shape[1],), 2)
+        pieces += [weight.flatten(1), bias.flatten(1)]
+    return torch.cat(pieces, 1).mT
+
+
+def _forward_tangent(layers: Sequence[LayerDerivatives], X: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yields s_ℓ and t_{ℓ-1}, (k, N, a) each (t_0: None), for the blocks X_ℓ (k, a, d)."""
+    t = None
+    for layer, block in zip(layers, X, strict=True):
+        s = layer.inputs @ block.mT
+        if t is not None:
+            s = s + t @ layer.weight.mT
+        yield s, t
+        t = _with_skip(layer.skip, layer.slope * s, t)
+
+
+def _product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
+    """H v for v (P, k): the forward tangent, then the derivative of the backward pass along it.
+
+    δλ_L = Λ s_L,  δβ_{ℓ-1} = δλ_ℓ W + λ X[:, :-1] + σ δβ_ℓ,  δλ_ℓ = φ′ δβ_ℓ + β φ″ s_ℓ,  (H X)_ℓ = δλᵀ z̃ + λᵀ [t_{ℓ-1}, 0]
+    """
+    X = _blocks(layers, v)
+    tangents = list(_forward_tangent(layers, X))
+    products, delta_beta = [], None
+    for layer, block, (s, t) in zip(reversed(layers), reversed(X), reversed(tangents), strict=True):
+        width = layer.weight.shape[1]
+        if layer.output is not None:
+            delta_lambda = layer.output.apply(s)
+        else:
+            delta_lambda = layer.slope * delta_beta + layer.curvature * s
+        product = delta_lambda.mT @ layer.inputs
+        if t is not None:
+            product[:, :, :width] += layer.adjoint.mT @ t
+            back = delta_lambda @ layer.weight + layer.adjoint @ block[:, :, :width]
+            delta_beta = _with_skip(layer.skip, back, delta_beta)
+        products.append(product)
+    return _flatten(layers, products[::-1])
+
+
+def hessian_vector_product(model: DeepMLPWithTracking, loss: Tensor, v: Tensor) -> Tensor:
+    """H v, exactly, for v of shape (P,) or (P, k), in the order of `model.parameters()`.
+
+    Computed in float64 by the closed form above, whatever the model's dtype, and returned in v's dtype: the
+    cost is two passes through the network for each column. `loss` is the tensor that the model tracked last.
+    Raises ValueError or TypeError for a loss or a v that doesn't fit; nothing outside is touched.
+    """
+    layers = _checked_derivatives(model, loss)
+    columns = _checked_vector(v, sum(p.numel() for p in model.parameters()), layers[0].weight.device)
+    return _product(layers, columns).reshape(v.shape).to(v.dtype)
+
+
+@torch.no_grad()
+def _checked_vector(v: Tensor, num_parameters: int, device: torch.device) -> Tensor:
+    """v as (P, k) in float64, detached."""
+    if not isinstance(v, Tensor) or v.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"v must be a float32 or float64 tensor, got {getattr(v, 'dtype', type(v).__name__)}")
+    if v.dim() not in (1, 2) or v.shape[0] != num_parameters:
+        raise ValueError(f"v must have shape ({num_parameters},) or ({num_parameters}, k), got {tuple(v.shape)}")
+    if v.device != device:
+        raise ValueError(f"v is on {v.device} and the model on {device}: move v with v.to({str(device)!r})")
+    v = v.detach().to(torch.float64)
+    if not bool(torch.isfinite(v).all()):
+        raise ValueError("v has entries that are NaN or infinite")
+    return v[:, None] if v.dim() == 1 else v
+
+
+# ------------------------------------------------------------------------------------------- symmetric pivots
+
+
+class _SymmetricFactor(NamedTuple):
+    """G = F Σ Fᵀ with F = Πᵀ L V |D|^½: Cholesky (L alone), or LDLᵀ whose 2 × 2 blocks V diagonalizes."""
+
+    lower: Tensor  # (m, m), only the lower triangle is read
+    order: Tensor | None  # (m,) Π as row order: (Π G Πᵀ) = G[order][:, order]
+    pairs: Tensor  # (p,) first rows of the 2 × 2 blocks
+    cosine: Tensor  # (p, 1) the eigenvectors of block i are the columns of [[cᵢ, sᵢ], [−sᵢ, cᵢ]]
+    sine: Tensor  # (p, 1)
+    scale: Tensor | None  # (m,) |D|^½
+    signs: Tensor | None  # (m,) Σ; None where G is positive definite
+
+    def whiten(self, b: Tensor) -> Tensor:
+        """F⁻¹ b for b (m, k)."""
+        if self.order is None:
+            return torch.linalg.solve_triangular(self.lower, b, upper=False)
+        b = torch.linalg.solve_triangular(self.lower, b[self.order], upper=False, unitriangular=True)
+        return self._rotate(b, -self.sine).div_(self.scale[:, None])
+
+    def unwhiten(self, b: Tensor) -> Tensor:
+        """F⁻ᵀ b for b (m, k)."""
+        if self.order is None:
+            return torch.linalg.solve_triangular(self.lower.mT, b, upper=True)
+        b = self._rotate(b / self.scale[:, None], self.sine)
+        solved = torch.linalg.solve_triangular(self.lower.mT, b, upper=True, unitriangular=True)
+        return torch.empty_like(solved).index_copy_(0, self.order, solved)
+
+    def sign(self, b: Tensor) -> Tensor:
+        """Σ b."""
+        return b if self.signs is None else b * self.signs[:, None]
+
+    def _rotate(self, b: Tensor, sine: Tensor) -> Tensor:
+        if len(self.pairs):
+            first, second = b[self.pairs], b[self.pairs + 1]
+            b[self.pairs] = self.cosine * first + sine * second
+            b[self.pairs + 1] = self.cosine * second - sine * first
+        return b
+
+    def num_negative(self) -> int:
+        return 0 if self.signs is None else int((self.signs < 0).sum())
+
+    def logabsdet(self) -> Tensor:
+        return 2 * (self.lower.diagonal() if self.scale is None else self.scale).log().sum()
+
+
+def _factor_symmetric(G: Tensor) -> _SymmetricFactor | None:
+    """Factor G (m, m), of which the lower triangle is read; None where a pivot is exactly zero."""
+    lower, info = torch.linalg.cholesky_ex(G)
+    none = torch.empty(0, dtype=torch.long, device=G.device)
+    if int(info) == 0:  # the one host synchronization of a layer: whether a Cholesky factor exists ⇔ G ≻ 0
+        return _SymmetricFactor(lower, None, none, G.new_empty(0, 1), G.new_empty(0, 1), None, None)
+    packed, pivots, info = torch.linalg.ldl_factor_ex(G)
+    if int(info) != 0:
+        return None
+    lower, order, pairs = _unpack_ldl(packed, pivots)
+    # Jacobi's rotation of each 2 × 2 block [[D_i, b], [b, D_{i+1}]], b ≠ 0: t = tan of its angle
+    D, b = packed.diagonal().clone(), packed.diagonal(-1)[pairs]
+    tau = (D[pairs + 1] - D[pairs]) / (2 * b)
+    t = torch.where(tau < 0, -1.0, 1.0) / (tau.abs() + torch.hypot(tau, torch.ones_like(tau)))
+    cosine = torch.rsqrt(1 + t * t)
+    D[pairs] -= t * b
+    D[pairs + 1] += t * b
+    if not bool((D.abs() > 0).all()):  # NaN too
+        return None
+    return _SymmetricFactor(
+        lower, order, pairs, cosine[:, None], (t * cosine)[:, None], D.abs().sqrt(), D.sign()
+    )
+
+
+def _unpack_ldl(packed: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """LAPACK's sytrf output (lower) → L with Π G Πᵀ = L D Lᵀ, the order Π, and the first rows of the 2 × 2 blocks.
+
+    sytrf leaves L as a product of interchanges and elementary factors: an interchange made at step k was not applied
+    to the columns before k. Column j's rows are therefore read in the order of all interchanges after j composed.
+    """
+    m, pivots = len(packed), pivots.tolist()
+    steps, pairs, k = [], [], 0  # (first column of the block, interchanged rows)
+    while k < m:
+        if pivots[k] > 0:
+            steps.append((k, k, pivots[k] - 1))
+            k += 1
+        else:
+            steps.append((k, k + 1, -pivots[k] - 1))
+            pairs.append(k)
+            k += 2
+    rows = np.empty((m, m), dtype=np.int64)  # row j: where the entries of L's column j stand in `packed`
+    current, position, filled = np.arange(m), list(range(m)), m
+    for k, i, j in reversed(steps):
+        if i != j:
+            rows[k:filled], filled = current, k
+            current[position[i]], current[position[j]] = j, i
+            position[i], position[j] = position[j], position[i]
+    rows[:filled] = current
+    order = torch.from_numpy(current.copy()).to(packed.device)
+    lower = packed if filled == m else packed.mT.gather(1, torch.from_numpy(rows).to(packed.device)).mT
+    pairs = torch.tensor(pairs, dtype=torch.long, device=packed.device)
+    if len(pairs):
+        lower = lower.clone() if lower is packed else lower
+        lower[pairs + 1, pairs] = 0.0  # that entry belongs to D
+    return lower, order, pairs
+
+
+# ---------------------------------------------------------------------------------------- one layer eliminated
+
+
+def _to_basis(V: Tensor, basis: Tensor | None) -> Tensor:
+    """V Q, (…, d) → (…, r); a basis of None is the identity, r = d."""
+    return V if basis is None else V @ basis
+
+
+def _from_basis(Y: Tensor, basis: Tensor | None) -> Tensor:
+    """Y Qᵀ, (…, r) → (…, d)."""
+    return Y if basis is None else Y @ basis.mT
+
+
+def _subtract_gram(P: Tensor, left: Tensor, right: Tensor) -> None:
+    """P ← P − leftᵀ right in place, known to be symmetric: blocks of the lower triangle only."""
+    for start in range(0, len(P), _UPDATE_BLOCK):
+        stop = min(start + _UPDATE_BLOCK, len(P))
+        P[start:stop, :stop].addmm_(left[:, start:stop].mT, right[:, :stop], alpha=-1)
+
+
+def _mirror(P: Tensor) -> None:
+    """Copy the blocks of the lower triangle, as `_subtract_gram` leaves them, to the upper one."""
+    for start in range(_UPDATE_BLOCK, len(P), _UPDATE_BLOCK):
+        stop = min(start + _UPDATE_BLOCK, len(P))
+        P[:start, start:stop] = P[start:stop, :start].mT
+
+
+class _DensePivot(NamedTuple):
+    """G = F Σ Fᵀ and the whitened coupling F⁻¹B, of which everything else is made."""
+
+    factor: _SymmetricFactor
+    coupling: Tensor | None  # (m, n′) F⁻¹B; None in layer 1
+
+    def reduce(self, P: Tensor) -> None:
+        """P ← P − BᵀG⁻¹B in place."""
+        _subtract_gram(P, self.coupling, self.factor.sign(self.coupling))
+
+    def backward(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """From q (m, k): what `forward` needs of it, and BᵀG⁻¹q (n′, k)."""
+        white = self.factor.sign(self.factor.whiten(q))
+        return white, None if self.coupling is None else self.coupling.mT @ white
+
+    def forward(self, white: Tensor, t: Tensor | None) -> Tensor:
+        """−G⁻¹(q + B t) for t (n′, k)."""
+        return -self.factor.unwhiten(white if t is None else white + self.factor.sign(self.coupling @ t))
+
+    def num_negative(self) -> int:
+        return self.factor.num_negative()
+
+    def logabsdet(self) -> Tensor:
+        return self.factor.logabsdet()
+
+
+class _ManyClassPivot(NamedTuple):
+    """The last layer's pivot for many classes: G = blockdiag(D_c) − U Uᵀ, D_c = εI + Rᵀ A_c R, A_c = diag_b Λ_b[c, c].
+
+    U[(q, c), b] = R[b, q] u[b, c]. The direction that adds the same row to every class has neither curvature nor
+    coupling, so it is solved as q̄/ε first; Woodbury's identity, its capacitance I − UᵀD⁻¹U formed without cancellation,
+    works on the zero-sum rest. Without a rank-one term in Λ (mse) the blocks are all. B stays structured.
+    """
+
+    layer: LayerDerivatives
+    basis: Tensor | None  # (d, r) Q
+    reduced: Tensor  # (N, r) R
+    damping: float
+    vectors: Tensor  # (C, r, r) eigenvectors of D_c
+    values: Tensor  # (C, r) its eigenvalues
+    capacitance: tuple[Tensor, Tensor] | None  # eigenvalues (N,) and eigenvectors (N, N) of I − UᵀD⁻¹U
+
+    @classmethod
+    def form(cls, layer: LayerDerivatives, basis: Tensor | None, reduced: Tensor, damping: float) -> _ManyClassPivot:
+        root = layer.output.diagonal.mT.sqrt()[:, :, None]  # (C, N, 1) A_c^½
+        scaled = root * reduced  # (C, N, r)
+        values, vectors = torch.linalg.eigh(scaled.mT @ scaled)
+        capacitance = None
+        if layer.output.rank_one is not None:
+            # I − UᵀD⁻¹U = N Σ_c A_c^½ (I + A_c^½ R Rᵀ A_c^½/ε)⁻¹ A_c^½, since Σ_c A_c = I/N
+            gram, rotation = torch.linalg.eigh(scaled @ scaled.mT)  # (C, N), (C, N, N)
+            inverse = (rotation / (1 + gram / damping)[:, None, :]) @ rotation.mT
+            capacitance = tuple(torch.linalg.eigh(len(reduced) * (root * inverse * root.mT).sum(0)))
+        return cls(layer, basis, reduced, damping, vectors, values + damping, capacitance)
+
+    def _solve(self, q: Tensor) -> Tensor:
+        """G⁻¹q for q (k, r, C)."""
+        if self.capacitance is None:
+            return self._solve_blocks(q)
+        mean, u = q.mean(-1, keepdim=True), self.layer.output.rank_one
+        y = self._solve_blocks(q - mean)
+        values, vectors = self.capacitance
+        w = ((((self.reduced @ y) * u).sum(-1) @ vectors) / values) @ vectors.mT  # (k, N)
+        y = y + self._solve_blocks(self.reduced.mT @ (w[:, :, None] * u))
+        return y - y.mean(-1, keepdim=True) + mean / self.damping
+
+    def _solve_blocks(self, q: Tensor) -> Tensor:
+        """D⁻¹q for q (k, r, C)."""
+        columns = self.vectors.mT @ q.permute(2, 1, 0)  # (C, r, k)
+        return (self.vectors @ (columns / self.values[:, :, None])).permute(2, 1, 0)
+
+    def reduce(self, P: Tensor) -> None:
+        """P ← P − BᵀG⁻¹B in place, in chunks of classes; BᵀG⁻¹B = BᵀD⁻¹B + (UᵀD⁻¹B)ᵀ cap⁻¹ (UᵀD⁻¹B)."""
+        layer, R = self.layer, self.reduced
+        (C, width), (N, r) = layer.weight.shape, R.shape
+        Q = _basis_rows(layer, self.basis)  # (a′, r)
+        correction = P.new_zeros(N, len(P))  # UᵀD⁻¹B
+        curved = _output_times_weight(layer)  # (N, C, a′) Λ W
+        for chunk in torch.arange(C, device=P.device).split(max(1, _CHUNK_BYTES // (8 * r * len(P)))):
+            B = torch.einsum("kq,bc->cqbk", Q, layer.adjoint[:, chunk])
+            B += torch.einsum("bq,bck->cqbk", R, curved[:, chunk])
+            scale = self.values[chunk].abs().sqrt()[:, None, :]  # (c, 1, r)
+            whitening = self.vectors[chunk] / scale
+            white = (whitening.mT @ B.flatten(2)).flatten(0, 1)  # (c r, n′)
+            signed = white * self.values[chunk].sign().view(-1, 1)
+            _subtract_gram(P, white, signed)
+            if self.capacitance is not None:
+                U = layer.output.rank_one[:, chunk].mT[:, :, None] * R  # (c, N, r)
+                correction += (U @ whitening).transpose(0, 1).flatten(1) @ signed
+        if self.capacitance is not None:
+            values, vectors = self.capacitance
+            rotated = vectors.mT @ correction
+            _subtract_gram(P, rotated, rotated / values[:, None])
+
+    def backward(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """From q (m, k): what `forward` needs of it, and BᵀG⁻¹q (n′, k)."""
+        layer = self.layer
+        y = self._solve(q.mT.unflatten(1, (-1, len(layer.weight))))
+        back = layer.output.apply(self.reduced @ y) @ layer.weight
+        back = back + layer.adjoint @ _from_basis(y.mT, self.basis)[:, :, : layer.weight.shape[1]]
+        return y, back.flatten(1).mT
+
+    def forward(self, y: Tensor, t: Tensor | None) -> Tensor:
+        """−G⁻¹(q + B t) for t (n′, k), from y = G⁻¹q."""
+        if t is not None:
+            layer, (N, width) = self.layer, (len(self.reduced), self.layer.weight.shape[1])
+            t = t.mT.unflatten(1, (N, width))
+            linear = layer.adjoint.mT @ t @ _basis_rows(layer, self.basis)  # (k, C, r) S t
+            y = y + self._solve(linear.mT + self.reduced.mT @ layer.output.apply(t @ layer.weight.mT))
+        return -y.flatten(1).mT
+
+    def num_negative(self) -> int:
+        count = int((self.values < 0).sum())
+        return count if self.capacitance is None else count + int((self.capacitance[0] < 0).sum())
+
+    def logabsdet(self) -> Tensor:
+        total = self.values.abs().log().sum()
+        return total if self.capacitance is None else total + self.capacitance[0].abs().log().sum()
+
+
+def _basis_rows(layer: LayerDerivatives, basis: Tensor | None) -> Tensor:
+    """The rows of Q that belong to weights, not to the bias: (a′, r)."""
+    width, d = layer.weight.shape[1], layer.inputs.shape[1]
+    if basis is None:
+        return torch.eye(width, d, dtype=layer.weight.dtype, device=layer.weight.device)
+    return basis[:width]
+
+
+def _output_times_weight(layer: LayerDerivatives) -> Tensor:
+    """Λ_b W, (N, C, a′)."""
+    return layer.output.apply(layer.weight.mT.unsqueeze(1)).permute(1, 2, 0)
+
+
+def _reduced_inputs(layer: LayerDerivatives) -> tuple[Tensor | None, Tensor]:
+    """Q (d, r) and R (N, r) with z̃ = R Qᵀ; where N ≥ d, Q is the identity (None) and R = z̃."""
+    if len(layer.inputs) >= layer.inputs.shape[1]:
+        return None, layer.inputs
+    Q, R = torch.linalg.qr(layer.inputs.mT)
+    return Q, R.mT.contiguous()
+
+
+class _Pivot(NamedTuple):
+    basis: Tensor | None  # (d, r) Q
+    reduced: Tensor  # (N, r) R
+    damping: float  # ε of this layer
+    solver: _DensePivot | _ManyClassPivot
+
+
+def _sweep(
+    layers: Sequence[LayerDerivatives], damping: Sequence[float], many_classes: bool
+) -> tuple[list[_Pivot], int, float]:
+    """The backward sweep: pivots (first layer first), the number of negative eigenvalues, log|det|."""
+    pivots, num_negative, logabsdet, P = [], 0, 0.0, None
+    for index in range(len(layers) - 1, -1, -1):
+        layer, epsilon = layers[index], damping[index]
+        Q, R = _reduced_inputs(layer)
+        perpendicular = len(layer.weight) * (layer.inputs.shape[1] - R.shape[1])  # dimensions of X⊥
+        if perpendicular and epsilon == 0:
+            raise _singular(index, epsilon, f"{perpendicular} directions of its weights don't act on this batch")
+        use_many_classes = many_classes and layer.output is not None
+        if use_many_classes:
+            solver = _ManyClassPivot.form(layer, Q, R, epsilon)
+            P = _output_cost_to_go(layer) if index else None
+        else:
+            G, B, P = _eliminate(layer, Q, R, epsilon, P, first=index == 0)
+            factor = _factor_symmetric(G)
+            if factor is None:
+                raise _singular(index, epsilon, "its pivot is exactly singular")
+            solver = _DensePivot(factor, None if B is None else factor.whiten(B))
+            del G, B
+        pivots.append(_Pivot(Q, R, epsilon, solver))
+        num_negative += solver.num_negative() + (perpendicular if epsilon < 0 else 0)
+        logabsdet += float(solver.logabsdet()) + (perpendicular * math.log(abs(epsilon)) if perpendicular else 0.0)
+        if P is not None:
+            solver.reduce(P)
+            _mirror(P)
+            if Q is not None:  # − (λλᵀ) ⊗ (I − QQᵀ)/ε, without the bias
+                width = layer.weight.shape[1]
+                outside = (Q[:width] @ Q[:width].mT).neg_()
+                outside.diagonal().add_(1)
+                P -= torch.kron(layer.adjoint @ layer.adjoint.mT / epsilon, outside)
+    if not math.isfinite(logabsdet):
+        raise SingularHessianError(
+            "a pivot of H + damping·I is singular or overflowed: choose another damping, or rescale the model",
+            damping=tuple(damping),
+        )
+    return pivots[::-1], num_negative, logabsdet
+
+
+def _singular(index: int, epsilon: float, why: str) -> SingularHessianError:
+    message = f"H + damping·I is singular at layer {index + 1}, damping {epsilon:g}: {why}. Choose a larger damping"
+    if epsilon == 0:
+        message += "; for the minimum-norm solution of H x = v call hessian_inverse_vector_product with damping=0"
+    return SingularHessianError(message, layer=index + 1, damping=epsilon)
+
+
+def _output_cost_to_go(layer: LayerDerivatives) -> Tensor:
+    """AᵀΛA of the last layer, block diagonal over the samples: (n′, n′)."""
+    N, width = len(layer.inputs), layer.weight.shape[1]
+    P = layer.weight.new_zeros(N, width, N, width)
+    P.diagonal(dim1=0, dim2=2).copy_((layer.weight.mT @ _output_times_weight(layer)).permute(1, 2, 0))
+    return P.view(N * width, N * width)
+
+
+def _eliminate(
+    layer: LayerDerivatives, Q: Tensor | None, R: Tensor, epsilon: float, P: Tensor | None, first: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """G, B, and the cost-to-go before layer ℓ's parameters are eliminated, TᵀPT + AᵀDA; P is overwritten.
+
+    Row (q, i) of G and B is entry Y[i, q]; row (b, i) of P and K is entry [b, i] of t_ℓ. Layer 1 needs only G.
+    """
+    (a, width), (N, r) = layer.weight.shape, R.shape
+    W, n, n_below = layer.weight, N * a, N * width
+    if layer.output is not None:
+        Lambda = layer.output.apply(torch.eye(a, dtype=W.dtype, device=W.device)[:, None, :].expand(a, N, a))
+        outer = (R[:, :, None] * R[:, None, :]).flatten(1)  # (N, r r)
+        G = (outer.mT @ Lambda.transpose(0, 1).flatten(1)).view(r, r, a, a).transpose(1, 2).reshape(r * a, r * a)
+        G.diagonal().add_(epsilon)
+        if first:
+            return G, None, None
+        B = torch.einsum("bq,bik->qibk", R, _output_times_weight(layer))
+        P = _output_cost_to_go(layer)
+    else:
+        slope = layer.slope.flatten()
+        P_t = P if layer.skip else None
+        K = slope[:, None] * P
+        slope_P = K.clone() if layer.skip and not first else None  # φ′P
+        K *= slope
+        K.diagonal().add_(layer.curvature.flatten())
+        JK = R.mT @ K.view(N, a * n)  # (r, a n)
+        G = (R.mT @ JK.view(r * a, N, a)).view(r * a, r * a)
+        G.diagonal().add_(epsilon)
+        if first:
+            return G, None, None
+        KA = (K.view(n * N, a) @ W).view(n, n_below)
+        P = (W.mT @ KA.view(N, a, n_below)).view(n_below, n_below)
+        if layer.skip:  # a = a′: TᵀPT + AᵀDA = AᵀKA + σ(Aᵀφ′P + Pφ′A) + σ²P
+            cross = (W.mT @ slope_P.view(N, a, n)).view(n, n)
+            P = P + layer.skip * (cross + cross.mT) + layer.skip**2 * P_t
+            KA += layer.skip * slope_P
+        B = (R.mT @ KA.view(N, a * n_below)).view(r, a, N, width)
+    B += torch.einsum("kq,bi->qibk", _basis_rows(layer, Q), layer.adjoint)
+    return G, B.reshape(r * a, n_below), P
+
+
+def _sweep_solve(layers: Sequence[LayerDerivatives], pivots: Sequence[_Pivot], v: Tensor) -> Tensor:
+    """One backward and one forward sweep for v (P, k): the direct solution of (H + εI) x = v."""
+    V, states, p = _blocks(layers, v), [], None  # p (k, N, a): derivative of the cost-to-go in t_ℓ at t_ℓ = 0
+    for layer, pivot, block in zip(reversed(layers), reversed(pivots), reversed(V), strict=True):
+        in_basis = _to_basis(block, pivot.basis)
+        q = -in_basis.mT  # (k, r, a)
+        if p is not None:
+            slope_p = layer.slope * p
+            q = q + pivot.reduced.mT @ slope_p
+        state, back = pivot.solver.backward(q.flatten(1).mT)
+        states.append(state)
+        if layer is not layers[0]:
+            below = -back.mT.unflatten(1, (len(layer.inputs), -1))  # (k, N, a′)
+            if p is not None:
+                below = _with_skip(layer.skip, below + slope_p @ layer.weight, p)
+            if pivot.basis is not None:
+                outside = (block - _from_basis(in_basis, pivot.basis))[:, :, : layer.weight.shape[1]]
+                below = below + layer.adjoint @ outside / pivot.damping
+            p = below
+    X, t = [], None
+    for layer, pivot, block, state in zip(layers, pivots, V, reversed(states), strict=True):
+        y = pivot.solver.forward(state, None if t is None else t.flatten(1).mT)
+        Y = y.mT.unflatten(1, (-1, len(layer.weight))).mT  # (k, a, r)
+        x = _from_basis(Y, pivot.basis)
+        if pivot.basis is not None:  # X⊥ = (V − λᵀ[t, 0])(I − QQᵀ)/ε
+            free = block.clone()
+            if t is not None:
+                free[:, :, : layer.weight.shape[1]] -= layer.adjoint.mT @ t
+            x = x + (free - _from_basis(_to_basis(free, pivot.basis), pivot.basis)) / pivot.damping
+        X.append(x)
+        s = layer.inputs @ x.mT if t is None else layer.inputs @ x.mT + t @ layer.weight.mT
+        t = _with_skip(layer.skip, layer.slope * s, t)
+    return _flatten(layers, X)
+
+
+# ------------------------------------------------------------------------------------------ factor and solve
+
+
+def _count_operations(layers: Sequence[LayerDerivatives]) -> tuple[dict[str, float], bool]:
+    """Floating-point operations of each route, and whether the last pivot is cheaper in its many-class form."""
+    sweep, product, num_parameters = 0.0, 0.0, 0
+    for index, layer in enumerate(layers):
+        (a, width), (N, d) = layer.weight.shape, layer.inputs.shape
+        r = min(N, d)
+        m, n, below = a * r, N * a, N * width if index else 0
+        num_parameters += a * d
+        product += N * a * (4 * d + (8 * width if index else 0))
+        update = m * below * (below + min(below, _UPDATE_BLOCK))
+        if layer.output is None:
+            # JᵀK, JᵀKJ; K A, Aᵀ K A, Jᵀ K A; Cholesky, F⁻¹B, BᵀG⁻¹B
+            sweep += 2 * r * n * n + 2 * r * m * n
+            sweep += 2 * width * n * n + 2 * a * width * N * below + 2 * N * m * below if index else 0
+            sweep += m**3 / 3 + m * m * below + update
+        else:
+            dense_output = 2 * r * r * N * a * a + m**3 / 3 + m * m * below + update
+            many_output = 10 * a * (r**3 + N**3) + 2 * m * r * below + update
+    many_classes = dense_output > sweep + many_output
+    sweep += many_output if many_classes else dense_output
+    return {"sweep": sweep, "dense": num_parameters * product + num_parameters**3 / 3}, many_classes
+
+
+def _dense_hessian(layers: Sequence[LayerDerivatives], num_parameters: int) -> Tensor:
+    """H (P, P), by products with the columns of the identity, in chunks."""
+    like = layers[0].weight
+    H = like.new_empty(num_parameters, num_parameters)
+    state = sum(layer.inputs.numel() + 4 * layer.slope.numel() for layer in layers) + num_parameters
+    size = max(1, _CHUNK_BYTES // (8 * state))
+    for start in range(0, num_parameters, size):
+        identity = like.new_zeros(num_parameters, min(size, num_parameters - start))
+        identity.diagonal(-start).fill_(1)
+        H[:, start : start + size] = _product(layers, identity)
+    return H
+
+
+class _Refined(NamedTuple):
+    x: Tensor  # (P, k)
+    residual: Tensor  # (k,) relative
+    attainable: float  # u ‖A‖ ‖x‖ / ‖v‖, the largest over the columns, with the largest ‖A z‖/‖z‖ seen for ‖A‖
+
+
+def _column_norms(v: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(v, dim=0)
+
+
+def _refine(
+    product: Callable[[Tensor], Tensor], precondition: Callable[[Tensor], Tensor], v: Tensor, rtol: float
+) -> _Refined:
+    """Refine `precondition`(v) towards A x = v, all columns at once, until the residual stops falling.
+
+    GCR: each correction is scaled, and combined with the earlier ones, so that the residual is as small as can be. With
+    a good factorization a step is one of iterative refinement; where refinement would contract slowly or diverge, it
+    is a Krylov method. The residual is recomputed from x after each step; a step that doesn't lower it is dropped.
+    """
+    norm = _column_norms(v)
+    norm = torch.where(norm > 0, norm, 1.0)
+    x, r, directions = torch.zeros_like(v), v, []
+    residual, largest = _column_norms(r) / norm, torch.zeros_like(norm)
+    history = [residual]
+    for _ in range(_MAX_REFINEMENTS):
+        z = precondition(r)
+        w = product(z)
+        largest = torch.fmax(largest, _column_norms(w) / _column_norms(z))  # fmax passes over NaN
+        for _ in range(2):  # once more: the first pass leaves what rounding left
+            for old_z, old_w in directions:
+                overlap = (old_w * w).sum(0)
+                z, w = z - overlap * old_z, w - overlap * old_w
+        z, w = z / _column_norms(w), w / _column_norms(w)
+        candidate = x + (w * r).sum(0) * z
+        candidate_r = v - product(candidate)
+        better = _column_norms(candidate_r) / norm < residual  # False for NaN
+        x, r = torch.where(better, candidate, x), torch.where(better, candidate_r, r)
+        residual = _column_norms(r) / norm
+        history.append(residual)
+        floor = _UNIT_ROUNDOFF * largest * _column_norms(x) / norm
+        falling = residual < 0.5 * history[-2]
+        if len(history) > _PATIENCE:
+            falling |= (residual > rtol) & (residual < 0.5 * history[-1 - _PATIENCE])
+        else:
+            falling |= residual > rtol
+        if not bool((falling & (residual > floor)).any()):
+            break
+        directions = [*directions, (z, w)][-_MAX_DIRECTIONS:] if bool(better.any()) else []
+    return _Refined(x, residual, float(floor.max()))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HessianFactorization:
+    """H + εI (or its Gauss–Newton part + εI), factored at one batch and one set of parameters; see `factorize_hessian`.
+
+    Immutable: it holds copies of all it needs, and answers for the parameters at factor time after they change.
+    """
+
+    route: str  # 'sweep' or 'dense'
+    curvature: str  # 'hessian' or 'gauss_newton'
+    damping: float | tuple[float, ...]  # as asked for; one float a layer where a sequence was given
+    num_parameters: int
+    num_negative_eigenvalues: int  # of H + damping·I, by Sylvester's law of inertia
+    logabsdet: float  # log |det(H + damping·I)|
+    _layers: tuple[LayerDerivatives, ...]
+    _epsilons: tuple[float, ...]
+    _factor: list[_Pivot] | _SymmetricFactor
+
+    @property
+    def is_positive_definite(self) -> bool:
+        return self.num_negative_eigenvalues == 0
+
+    def __repr__(self) -> str:
+        return (
+            f"HessianFactorization(P={self.num_parameters}, damping={self.damping}, curvature={self.curvature!r}, "
+            f"route={self.route!r}, num_negative_eigenvalues={self.num_negative_eigenvalues})"
+        )
+
+    def solve(self, v: Tensor, *, rtol: float | None = 1e-8) -> Tensor:
+        """x with (H + εI) x = v, for v of shape (P,) or (P, k), float32 or float64; x has v's dtype, no graph.
+
+        Refined until the residual stops falling; each column then has ‖(H + εI)x − v‖ ≤ rtol ‖v‖, computed in float64
+        by an exact product before x is rounded to v's dtype, or SingularHessianError is raised, with the residual
+        reached and an `rtol` and, where one is found in a few trials, a damping that will do. rtol=None: one direct sweep,
+        no product, nothing checked. Cost: O(Σ m² + m n′) a column and a sweep, two sweeps as a rule.
+        """
+        columns = _checked_vector(v, self.num_parameters, self._layers[0].weight.device)
+        if rtol is None:
+            x = self._direct(columns)
+        else:
+            refined = _refine(self._product, self._direct, columns, _checked_rtol(rtol))
+            if not bool((refined.residual <= rtol).all()):
+                worst = float(refined.residual.max())
+                raise SingularHessianError(
+                    f"(H + damping·I)x = v was solved to a relative residual of {worst:.1e}, not to rtol={rtol:g}, at "
+                    f"damping={self.damping}; float64 can't be expected below {refined.attainable:.0e} here. "
+                    + _remedy(worst, *self._larger_damping(columns, rtol)),
+                    damping=self.damping,
+                    residual=worst,
+                )
+            x = refined.x
+        return x.reshape(v.shape).to(v.dtype)
+
+    def residual(self, x: Tensor, v: Tensor) -> Tensor:
+        """‖(H + εI)x − v‖/‖v‖ in float64, () for x and v of shape (P,), (k,) for (P, k); ‖x‖-free, 0 for x = v = 0."""
+        if x.shape != v.shape:
+            raise ValueError(f"x and v must have one shape, got {tuple(x.shape)} and {tuple(v.shape)}")
+        x_columns, columns = (
+            _checked_vector(y, self.num_parameters, self._layers[0].weight.device) for y in (x, v)
+        )
+        norm = _column_norms(columns)
+        return (_column_norms(columns - self._product(x_columns)) / torch.where(norm > 0, norm, 1.0)).reshape(v.shape[1:])
+
+    def _direct(self, v: Tensor) -> Tensor:
+        if isinstance(self._factor, _SymmetricFactor):
+            return self._factor.unwhiten(self._factor.sign(self._factor.whiten(v)))
+        return _sweep_solve(self._layers, self._factor, v)
+
+    def _product(self, v: Tensor) -> Tensor:
+        return _product(self._layers, v) + _damping_vector(self._layers, self._epsilons) * v
+
+    def _larger_damping(self, v: Tensor, rtol: float) -> tuple[float | tuple[float, ...] | None, float]:
+        """A larger damping at which v is solved to rtol, and the residual there; (None, inf) if two trials find none."""
+        for factor in (10.0, 1000.0):
+            epsilons = tuple(factor * epsilon for epsilon in self._epsilons)
+            found = _factorize(self._layers, epsilons, self.curvature, self.route)
+            refined = _refine(found._product, found._direct, v, rtol)
+            if bool((refined.residual <= rtol).all()):
+                return found.damping, float(refined.residual.max())
+        return None, math.inf
+
+
+def _remedy(residual: float, damping: float | tuple[float, ...] | None, damped_residual: float) -> str:
+    if damping is None:
+        return f"Pass a larger damping, or rtol={1.1 * residual:.1e} to accept this answer"
+    return (
+        f"Pass damping={damping} (tried: it reaches {damped_residual:.0e}), or rtol={1.1 * residual:.1e} "
+        "to accept this answer"
+    )
+
+
+def _checked_rtol(rtol: float) -> float:
+    if not 0 < rtol < 1:
+        raise ValueError(f"rtol must lie between 0 and 1 (or be None: one direct sweep, unchecked), got {rtol!r}")
+    return rtol
+
+
+def _damping_vector(layers: Sequence[LayerDerivatives], epsilons: Sequence[float]) -> Tensor:
+    """Each parameter's damping, (P, 1)."""
+    like = layers[0].weight
+    return torch.cat(
+        [like.new_full((len(x.weight) * x.inputs.shape[1], 1), e) for x, e in zip(layers, epsilons, strict=True)]
+    )
+
+
+def _factorize(
+    layers: tuple[LayerDerivatives, ...], epsilons: tuple[float, ...], curvature: str, route: str
+) -> HessianFactorization:
+    num_parameters = sum(len(layer.weight) * layer.inputs.shape[1] for layer in layers)
+    operations, many_classes = _count_operations(layers)
+    if route == "auto":
+        route = min(operations, key=operations.get)
+    if route == "sweep":
+        factor, num_negative, logabsdet = _sweep(layers, epsilons, many_classes)
+    else:
+        G = _dense_hessian(layers, num_parameters)
+        G.diagonal().add_(_damping_vector(layers, epsilons)[:, 0])
+        factor = _factor_symmetric(G)
+        if factor is None:
+            raise SingularHessianError(
+                f"H + damping·I is exactly singular at damping {epsilons}: choose another damping", damping=epsilons
+            )
+        num_negative, logabsdet = factor.num_negative(), float(factor.logabsdet())
+    damping = epsilons[0] if len(set(epsilons)) == 1 else epsilons
+    return HessianFactorization(
+        route, curvature, damping, num_parameters, num_negative, logabsdet, layers, epsilons, factor
+    )
+
+
+@torch.no_grad()
+def factorize_hessian(
+    model: DeepMLPWithTracking,
+    loss: Tensor,
+    damping: float | Sequence[float],
+    *,
+    curvature: str = "hessian",
+    route: str = "auto",
+) -> HessianFactorization:
+    """Factor H + damping·I at the tracked `loss`, in float64: factor once, then `.solve` for thousands.
+
+    damping: ε, in units of loss / parameter²; negative too (spectrum slicing: `.num_negative_eigenvalues` counts the
+    eigenvalues of H below −ε); or one float a layer, first layer first. curvature: 'hessian', or 'gauss_newton' for the
+    first term of the quadratic form only, JᵀΛJ, positive semidefinite. route: 'sweep' (layer by layer), 'dense' (H
+    formed by products and factored; cheaper where P is small beside N times the width), or 'auto' for the one with
+    fewer counted operations; `.route` tells which.
+
+    Cost: Σ m³/3 + m²n′ + m n′² multiply-adds and Σ m² + m n′ numbers over the layers, m = a·min(N, d), n′ = N a′.
+    Raises ValueError or TypeError for a loss or a damping that doesn't fit, SingularHessianError for a pivot that is exactly
+    singular. Not checked: a pivot that is merely small; `.solve` checks its answer.
+    """
+    layers = _checked_derivatives(model, loss)
+    epsilons = _checked_damping(damping, len(layers))
+    if curvature not in ("hessian", "gauss_newton"):
+        raise ValueError(f"unknown curvature {curvature!r}: choose 'hessian' or 'gauss_newton'")
+    if route not in ("auto", "sweep", "dense"):
+        raise ValueError(f"unknown route {route!r}: choose 'auto', 'sweep' or 'dense'")
+    if curvature == "gauss_newton":  # without λ and β φ″ the first term of the quadratic form is left
+        layers = tuple(
+            x._replace(adjoint=torch.zeros_like(x.adjoint), curvature=torch.zeros_like(x.curvature)) for x in layers
+        )
+    return _factorize(layers, epsilons, curvature, route)
+
+
+def _checked_damping(damping: float | Sequence[float], num_layers: int) -> tuple[float, ...]:
+    epsilons = tuple(map(float, damping)) if isinstance(damping, Sequence) else (float(damping),) * num_layers
+    if len(epsilons) != num_layers or not all(map(math.isfinite, epsilons)):
+        raise ValueError(f"damping must be a finite number, or one for each of the {num_layers} layers, got {damping!r}")
+    return epsilons
+
+
+def hessian_inverse_vector_product(
+    model: DeepMLPWithTracking, loss: Tensor, v: Tensor, damping: float | Sequence[float] = 0.0, *, rtol: float = 1e-8
+) -> Tensor:
+    """x with (H + damping·I) x = v to a relative residual of `rtol`: factor and solve. v and x as in `.solve`.
+
+    damping = 0 gives the minimum-norm x with H x = v. H is singular for cross-entropy, so that such an x exists only for
+    v in the range of H, as a gradient is; a float32 gradient is so only to its rounding, 6e-8 (use model.double(), or
+    rtol=1e-6). Solved by a factorization at a small shift, refined on H itself. SingularHessianError where v is
+    not in the range, or where the residual can't be reached in float64; the message names a damping that works.
+    """
+    if any(_checked_damping(damping, len(model.layers))):
+        return factorize_hessian(model, loss, damping).solve(v, rtol=rtol)
+    layers = _checked_derivatives(model, loss)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    columns = _checked_vector(v, num_parameters, layers[0].weight.device)
+    return _solve_undamped(layers, columns, _checked_rtol(rtol), v.dtype).reshape(v.shape).to(v.dtype)
