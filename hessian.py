@@ -82,6 +82,7 @@ _UNIT_ROUNDOFF = 2.0**-53
 _MAX_REFINEMENTS = 40
 _PATIENCE = 5  # refinement above rtol goes on while the residual halves in this many steps
 _MAX_DIRECTIONS = 20  # GCR combines a correction with at most so many earlier ones
+_UNDAMPED_SHIFTS = (1e-7, 1e-8)  # relative to ‖H‖; the larger resolves fewer eigenvalues, and loses fewer digits
 _UPDATE_BLOCK = 512  # symmetric updates are done by rows of blocks of this size, the lower half only
 _CHUNK_BYTES = 2**28  # temporaries of the many-class pivot and of the dense Hessian are formed in chunks of this
 
@@ -978,9 +979,13 @@ def _column_norms(v: Tensor) -> Tensor:
 
 
 def _refine(
-    product: Callable[[Tensor], Tensor], precondition: Callable[[Tensor], Tensor], v: Tensor, rtol: float
+    product: Callable[[Tensor], Tensor],
+    precondition: Callable[[Tensor], Tensor],
+    v: Tensor,
+    rtol: float,
+    target: float = 0.0,
 ) -> _Refined:
-    """Refine `precondition`(v) towards A x = v, all columns at once, until the residual stops falling.
+    """Refine `precondition`(v) towards A x = v, all columns at once, until the residual is at `target` or stops falling.
 
     GCR: each correction is scaled, and combined with the earlier ones, so that the residual is as small as can be. With
     a good factorization a step is one of iterative refinement; where refinement would contract slowly or diverge, it
@@ -1000,8 +1005,9 @@ def _refine(
                 overlap = (old_w * w).sum(0)
                 z, w = z - overlap * old_z, w - overlap * old_w
         z, w = z / _column_norms(w), w / _column_norms(w)
-        candidate = x + (w * r).sum(0) * z
-        candidate_r = v - product(candidate)
+        step = (w * r).sum(0)
+        candidate = x + step * z
+        candidate_r = v - product(candidate) if len(history) > 1 else r - step * w
         better = _column_norms(candidate_r) / norm < residual  # False for NaN
         x, r = torch.where(better, candidate, x), torch.where(better, candidate_r, r)
         residual = _column_norms(r) / norm
@@ -1012,7 +1018,7 @@ def _refine(
             falling |= (residual > rtol) & (residual < 0.5 * history[-1 - _PATIENCE])
         else:
             falling |= residual > rtol
-        if not bool((falling & (residual > floor)).any()):
+        if not bool((falling & (residual > floor) & (residual > target)).any()):
             break
         directions = [*directions, (z, w)][-_MAX_DIRECTIONS:] if bool(better.any()) else []
     return _Refined(x, residual, float(floor.max()))
@@ -1203,3 +1209,62 @@ def hessian_inverse_vector_product(
     num_parameters = sum(p.numel() for p in model.parameters())
     columns = _checked_vector(v, num_parameters, layers[0].weight.device)
     return _solve_undamped(layers, columns, _checked_rtol(rtol), v.dtype).reshape(v.shape).to(v.dtype)
+
+
+def _solve_undamped(layers: tuple[LayerDerivatives, ...], v: Tensor, rtol: float, dtype: torch.dtype) -> Tensor:
+    """The minimum-norm x with H x = v, for v (P, k).
+
+    Outer: GCR on H, preconditioned by (H + δI)⁻¹ with a small shift δ, which leaves the range of H invariant. Inner: each
+    of these solves is itself refined on H + δI, since rounding in the null space, which H can't see, is amplified
+    by 1/δ; and the outer iteration stops short of the rounding level, where a residual is null-space noise.
+    """
+    norm, tried = _spectral_norm(layers, v), []
+    for shift in _UNDAMPED_SHIFTS:
+        shifted = _factorize(layers, (shift * norm,) * len(layers), "hessian", "auto")
+
+        def precondition(r: Tensor, shifted: HessianFactorization = shifted) -> Tensor:
+            return _refine(shifted._product, shifted._direct, r, rtol).x
+
+        refined = _refine(lambda y: _product(layers, y), precondition, v, rtol, target=0.01 * rtol)
+        if bool((refined.residual <= rtol).all()):
+            return refined.x
+        worst = float(refined.residual.max())
+        column = refined.residual.argmax()
+        r = v[:, column : column + 1] - _product(layers, refined.x[:, column : column + 1])
+        curvature = float(_column_norms(_product(layers, r)) / _column_norms(r)) / norm  # 0 ⇔ r is in the null space
+        tried.append((worst, curvature, refined, shifted))
+        if outside := curvature <= 1e-11 + 10 * refined.attainable / worst:
+            break
+    worst, curvature, refined, shifted = min(tried, key=lambda entry: entry[0])
+    if outside:
+        why = f"v is outside the range of H by {worst:.1e} of its norm, so that no x solves H x = v"
+        if dtype == torch.float32 and worst < 1e-6:
+            why += " (a float32 v is known to 6e-8 of its norm only: compute it in float64, from model.double())"
+    else:
+        why = (
+            f"what is left of v, {worst:.1e} of its norm, lies where the eigenvalues of H, about {curvature:.0e} of "
+            "its norm, are too near 0 for float64"
+        )
+    damped = _refine(shifted._product, shifted._direct, v, rtol)
+    if bool((damped.residual <= rtol).all()):
+        damping, damped_residual = shifted.damping, float(damped.residual.max())
+    else:
+        damping, damped_residual = shifted._larger_damping(v, rtol)
+    raise SingularHessianError(
+        f"H x = v, undamped, was not solved to rtol={rtol:g}: {why}. " + _remedy(worst, damping, damped_residual),
+        damping=0.0,
+        residual=worst,
+    )
+
+
+def _spectral_norm(layers: Sequence[LayerDerivatives], like: Tensor) -> float:
+    """‖H‖ from below, by power iteration from a fixed start; right to a few percent, which a shift does not need."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(len(like), 1, generator=generator, dtype=torch.float64).to(like.device)
+    norm = _column_norms(x)
+    for _ in range(20):
+        x = _product(layers, x / norm)
+        norm = _column_norms(x)
+    if not float(norm) > 0:
+        raise SingularHessianError("H is zero at this batch: pass a damping", damping=0.0)
+    return float(norm)
