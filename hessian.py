@@ -64,6 +64,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linear_algebra import (
+    UNIT_ROUNDOFF,
+    UPDATE_BLOCK,
+    SymmetricFactor,
+    column_norms,
+    factor_symmetric,
+    mirror,
+    refine,
+    subtract_gram,
+)
+from many_classes import ManyClassPivot
+
 __all__ = [
     "ACTIVATIONS",
     "Activation",
@@ -78,13 +90,8 @@ __all__ = [
     "hessian_vector_product",
 ]
 
-_UNIT_ROUNDOFF = 2.0**-53
-_MAX_REFINEMENTS = 40
-_PATIENCE = 5  # refinement above rtol goes on while the residual halves in this many steps
-_MAX_DIRECTIONS = 20  # GCR combines a correction with at most so many earlier ones
 _UNDAMPED_SHIFTS = (1e-7, 1e-8)  # relative to ‖H‖; the larger resolves fewer eigenvalues, and loses fewer digits
-_UPDATE_BLOCK = 512  # symmetric updates are done by rows of blocks of this size, the lower half only
-_CHUNK_BYTES = 2**28  # temporaries of the many-class pivot and of the dense Hessian are formed in chunks of this
+_CHUNK_BYTES = 2**28  # temporaries of the dense Hessian are formed in chunks of this
 
 
 class SingularHessianError(torch.linalg.LinAlgError):
@@ -173,12 +180,11 @@ class DeepMLPWithTracking(nn.Module):
 
     `model(x)` gives logits (N, C), x of any shape (N, …) flattened; `model(x, y)` the loss;
     `model(x, y, track_activations=True)` the same loss, tracked: inputs and targets are copied and checked.
-    Without tracking nothing is stored, and no branch depends on the data (`torch.func` and `torch.compile` work).
+    Untracked, nothing is stored and no branch depends on the data (`torch.func` and `torch.compile` work).
 
-    Initialization: the gain of each layer undoes the mean-square slope of the activation before it, and the
-    mean of that activation is kept out (by the bias, or by rows of W that sum to zero where there is none),
-    so that differences between samples survive forward and gradients backward. A branch beside a skip is scaled by
-    1/√(number of skips). Inputs of about unit variance are assumed.
+    Initialization: each layer's gain undoes the mean-square slope of the activation before it, rows of W that sum to zero
+    keep that activation's mean out, and a branch beside a skip is scaled by 1/√(number of skips), so that
+    differences between samples survive forward and gradients backward. Inputs of about unit variance are assumed.
     """
 
     def __init__(
@@ -196,7 +202,7 @@ class DeepMLPWithTracking(nn.Module):
         super().__init__()
         if not isinstance(num_hidden_layers, int) or num_hidden_layers < 0:
             raise ValueError(f"num_hidden_layers must be an integer ≥ 0, got {num_hidden_layers!r}")
-        hidden = [hidden_dim] * num_hidden_layers if isinstance(hidden_dim, int) else list(hidden_dim)
+        hidden = list(hidden_dim) if isinstance(hidden_dim, Sequence) else [hidden_dim] * num_hidden_layers
         if len(hidden) != num_hidden_layers:
             raise ValueError(
                 f"hidden_dim has {len(hidden)} widths for num_hidden_layers={num_hidden_layers}: give one int, or one "
@@ -220,32 +226,41 @@ class DeepMLPWithTracking(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the weights anew (see the class docstring), from torch's global generator."""
-        phi = ACTIVATIONS[self.activation]
-        nodes, weights = (torch.from_numpy(x) for x in np.polynomial.hermite_e.hermegauss(101))
+        phi, depth = ACTIVATIONS[self.activation], len(self.skips) - sum(self.skips)
+        nodes, weights = (torch.from_numpy(x) for x in np.polynomial.hermite_e.hermegauss(100))
 
         def gaussian_mean(f: Callable[[Tensor], Tensor], variance: float) -> float:
             return (f(nodes * math.sqrt(variance)) @ weights).item() / math.sqrt(2 * math.pi)
 
-        branch_gain = gaussian_mean(lambda h: phi.first(h) ** 2, 1.0) ** -0.5 / math.sqrt(max(sum(self.skips), 1))
-        gain, mean, variance = 1.0, 0.0, 1.0  # of the next layer's weights; of z over units and samples
-        for linear, skip in zip(self.layers, self.skips, strict=True):
+        # a centred relu would shrink with depth: its mean stays in. tanh has none
+        centre = self.activation != "relu" and abs(gaussian_mean(phi.value, 1.0)) > 1e-9
+
+        def spread(variance: float) -> float:
+            mean = gaussian_mean(phi.value, variance) if centre else 0.0
+            return gaussian_mean(lambda h: (phi.value(h) - mean) ** 2, variance)
+
+        def slope(variance: float) -> float:
+            return gaussian_mean(lambda h: phi.first(h) ** 2, variance)
+
+        # where spread(q)/q grows with q, a sample of larger norm is amplified at every layer: start small enough
+        variance = 1.0  # of h over units and samples
+        while depth * math.log(spread(1.1 * variance) / spread(variance) / 1.1) > 0.5 * math.log(1.1):
+            variance /= 1.5
+        gain, variance = math.sqrt(variance), 1.0  # of the next layer's weights; of its inputs
+        branch_gain = (slope(1.0) * max(sum(self.skips), 1)) ** -0.5
+        for index, (linear, skip) in enumerate(zip(self.layers, self.skips, strict=True)):
             fan_out, fan_in = linear.weight.shape
             gain = branch_gain if skip else gain
             if fan_in == fan_out:
                 nn.init.orthogonal_(linear.weight, gain)  # fluctuates less with depth than independent weights
             else:
                 nn.init.normal_(linear.weight, 0.0, gain / math.sqrt(fan_in))
-            if linear.bias is not None:
-                linear.bias.copy_(-mean * linear.weight.sum(1))
-            elif mean and fan_in > 2:
+            if index and centre and fan_in > 2:
                 linear.weight.sub_(linear.weight.mean(1, keepdim=True)).mul_(math.sqrt(fan_in / (fan_in - 1)))
+            if linear.bias is not None:
+                linear.bias.zero_()
             h_variance = gain**2 * variance
-            moment = gaussian_mean(phi.value, h_variance)
-            # relu keeps the scale of its input, so that a centred relu would shrink with depth: its mean stays in
-            centre = 0.0 if self.activation == "relu" else moment
-            spread = gaussian_mean(lambda h, c=centre: (phi.value(h) - c) ** 2, h_variance)
-            slope = gaussian_mean(lambda h: phi.first(h) ** 2, h_variance)
-            mean, variance, gain = skip * mean + centre, skip * variance + spread, 1.0 if skip else slope**-0.5
+            variance, gain = skip * variance + spread(h_variance), 1.0 if skip else slope(h_variance) ** -0.5
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, loss={self.loss!r}, skips={int(sum(self.skips))}"
@@ -263,8 +278,11 @@ class DeepMLPWithTracking(nn.Module):
     def forward(self, x: Tensor, targets: Tensor | None = None, track_activations: bool = False) -> Tensor:
         if x.dim() < 1 or x.shape[1:].numel() != self.input_dim:
             raise ValueError(f"x must have shape (N, …) with {self.input_dim} numbers a sample, got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"x is {x.dtype}: convert it to {self.layers[0].weight.dtype} first, the model's dtype")
+        dtype = self.layers[0].weight.dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"x is {x.dtype} and the model {dtype}: convert one of them, x.to({dtype}) or model.to({x.dtype})"
+            )
         z = x = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
         for index, linear in enumerate(self.layers[:-1]):
             z = self.activate(index, linear(z), z)
@@ -273,49 +291,41 @@ class DeepMLPWithTracking(nn.Module):
             if track_activations:
                 raise ValueError("track_activations=True needs targets: call model(x, y, track_activations=True)")
             return logits
-        self._check_target_shape(logits, targets)
+        self._check_targets(logits, targets, values=track_activations)
         if self.loss == "mse":
             loss = F.mse_loss(logits, targets)
         else:
             # the default ignore_index, −100, would leave samples out of the mean: every index must be a class
             loss = F.cross_entropy(logits, targets, ignore_index=-(2**62))
         if track_activations:
-            self._track(x.detach(), targets.detach(), loss)
+            inputs, targets = x.detach().clone(), targets.detach().clone()
+            self._tracked = _Tracked(inputs, targets, weakref.ref(loss), _fingerprint(self))
         return loss
 
-    def _check_target_shape(self, logits: Tensor, targets: Tensor) -> None:
-        if self.loss == "cross_entropy" and not targets.is_floating_point():
-            if targets.dtype != torch.long or targets.shape != logits.shape[:1]:
-                raise ValueError(
-                    f"class indices must be int64 of shape ({len(logits)},), got {targets.dtype} of shape "
-                    f"{tuple(targets.shape)}"
-                )
-        elif targets.shape != logits.shape or targets.dtype != logits.dtype:
-            kind = "targets" if self.loss == "mse" else "class probabilities"
+    def _check_targets(self, logits: Tensor, targets: Tensor, values: bool) -> None:
+        indices = self.loss == "cross_entropy" and not targets.is_floating_point()
+        shape, dtype = (logits.shape[:1], torch.long) if indices else (logits.shape, logits.dtype)
+        if targets.shape != shape or targets.dtype != dtype:
+            kind = "class indices" if indices else "targets" if self.loss == "mse" else "class probabilities"
             raise ValueError(
-                f"{kind} must be {logits.dtype} of shape {tuple(logits.shape)}, got {targets.dtype} of shape "
-                f"{tuple(targets.shape)}"
+                f"{kind} must be {dtype} of shape {tuple(shape)}, got {targets.dtype} of shape {tuple(targets.shape)}"
             )
-
-    def _track(self, inputs: Tensor, targets: Tensor, loss: Tensor) -> None:
-        self._tracked = None
-        if len(inputs) == 0:
+        if not values:  # what depends on the data is looked at in tracked calls only
+            return
+        if len(logits) == 0:
             raise ValueError("the batch is empty: the mean loss of no samples has no Hessian")
-        if self.loss == "cross_entropy":
-            if targets.is_floating_point():
-                tolerance = 100 * torch.finfo(targets.dtype).eps
-                if bool((targets < 0).any()) or not bool(((targets.sum(1) - 1).abs() <= tolerance).all()):
-                    raise ValueError(
-                        "rows of class probabilities must be ≥ 0 and sum to 1; row sums range from "
-                        f"{targets.sum(1).min():.6g} to {targets.sum(1).max():.6g}, the smallest entry is "
-                        f"{targets.min():.6g}"
-                    )
-            elif bool(((targets < 0) | (targets >= self.num_classes)).any()):
+        if indices and bool(((targets < 0) | (targets >= self.num_classes)).any()):
+            raise ValueError(
+                f"class indices must lie in 0 … {self.num_classes - 1}, got {targets.min()} … {targets.max()}; "
+                "drop samples to be ignored before the call"
+            )
+        if self.loss == "cross_entropy" and not indices:
+            off, tolerance = (targets.sum(1) - 1).abs().max(), 100 * torch.finfo(dtype).eps
+            if not bool((targets >= 0).all() & (off <= tolerance)):
                 raise ValueError(
-                    f"class indices must lie in 0 … {self.num_classes - 1}, got {targets.min()} … {targets.max()}; "
-                    "drop samples to be ignored before the call"
+                    "rows of class probabilities must be ≥ 0 and sum to 1: a row sum is off by "
+                    f"{off:.2g}, the smallest entry is {targets.min():.6g}"
                 )
-        self._tracked = _Tracked(inputs.clone(), targets.clone(), weakref.ref(loss), _fingerprint(self))
 
     def __getstate__(self) -> dict:
         # a copy has no tracked loss of its own: weak references neither copy nor pickle
@@ -397,9 +407,7 @@ def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivati
         adjoint = (probabilities - onehot.to(torch.float64)) / N
         output = OutputHessian(probabilities / N, probabilities / math.sqrt(N))
     # backward: β_{ℓ-1} = λ_ℓ W_ℓ + σ_ℓ β_ℓ
-    layers = [
-        LayerDerivatives(weights[-1], inputs[-1], torch.ones_like(h), torch.zeros_like(h), adjoint, 0.0, output)
-    ]
+    layers = [LayerDerivatives(weights[-1], inputs[-1], torch.ones_like(h), torch.zeros_like(h), adjoint, 0.0, output)]
     beta = adjoint @ weights[-1]
     for index in range(len(model.layers) - 2, -1, -1):
         first, second = model.activation_derivatives(index, pre_activations[index])
@@ -471,7 +479,7 @@ def _forward_tangent(layers: Sequence[LayerDerivatives], X: Sequence[Tensor]) ->
 def _product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
     """H v for v (P, k): the forward tangent, then the derivative of the backward pass along it.
 
-    δλ_L = Λ s_L,  δβ_{ℓ-1} = δλ_ℓ W + λ X[:, :-1] + σ δβ_ℓ,  δλ_ℓ = φ′ δβ_ℓ + β φ″ s_ℓ,  (H X)_ℓ = δλᵀ z̃ + λᵀ [t_{ℓ-1}, 0]
+    δλ_L = Λ s_L,  δβ_{ℓ-1} = δλ_ℓ W + λ X[:, :-1] + σ δβ_ℓ,  δλ_ℓ = φ′ δβ_ℓ + β φ″ s_ℓ;  (H X)_ℓ = δλᵀ z̃ + λᵀ [t_{ℓ-1}, 0]
     """
     X = _blocks(layers, v)
     tangents = list(_forward_tangent(layers, X))
@@ -518,110 +526,6 @@ def _checked_vector(v: Tensor, num_parameters: int, device: torch.device) -> Ten
     return v[:, None] if v.dim() == 1 else v
 
 
-# ------------------------------------------------------------------------------------------- symmetric pivots
-
-
-class _SymmetricFactor(NamedTuple):
-    """G = F Σ Fᵀ with F = Πᵀ L V |D|^½: Cholesky (L alone), or LDLᵀ whose 2 × 2 blocks V diagonalizes."""
-
-    lower: Tensor  # (m, m), only the lower triangle is read
-    order: Tensor | None  # (m,) Π as row order: (Π G Πᵀ) = G[order][:, order]
-    pairs: Tensor  # (p,) first rows of the 2 × 2 blocks
-    cosine: Tensor  # (p, 1) the eigenvectors of block i are the columns of [[cᵢ, sᵢ], [−sᵢ, cᵢ]]
-    sine: Tensor  # (p, 1)
-    scale: Tensor | None  # (m,) |D|^½
-    signs: Tensor | None  # (m,) Σ; None where G is positive definite
-
-    def whiten(self, b: Tensor) -> Tensor:
-        """F⁻¹ b for b (m, k)."""
-        if self.order is None:
-            return torch.linalg.solve_triangular(self.lower, b, upper=False)
-        b = torch.linalg.solve_triangular(self.lower, b[self.order], upper=False, unitriangular=True)
-        return self._rotate(b, -self.sine).div_(self.scale[:, None])
-
-    def unwhiten(self, b: Tensor) -> Tensor:
-        """F⁻ᵀ b for b (m, k)."""
-        if self.order is None:
-            return torch.linalg.solve_triangular(self.lower.mT, b, upper=True)
-        b = self._rotate(b / self.scale[:, None], self.sine)
-        solved = torch.linalg.solve_triangular(self.lower.mT, b, upper=True, unitriangular=True)
-        return torch.empty_like(solved).index_copy_(0, self.order, solved)
-
-    def sign(self, b: Tensor) -> Tensor:
-        """Σ b."""
-        return b if self.signs is None else b * self.signs[:, None]
-
-    def _rotate(self, b: Tensor, sine: Tensor) -> Tensor:
-        if len(self.pairs):
-            first, second = b[self.pairs], b[self.pairs + 1]
-            b[self.pairs] = self.cosine * first + sine * second
-            b[self.pairs + 1] = self.cosine * second - sine * first
-        return b
-
-    def num_negative(self) -> int:
-        return 0 if self.signs is None else int((self.signs < 0).sum())
-
-    def logabsdet(self) -> Tensor:
-        return 2 * (self.lower.diagonal() if self.scale is None else self.scale).log().sum()
-
-
-def _factor_symmetric(G: Tensor) -> _SymmetricFactor | None:
-    """Factor G (m, m), of which the lower triangle is read; None where a pivot is exactly zero."""
-    lower, info = torch.linalg.cholesky_ex(G)
-    none = torch.empty(0, dtype=torch.long, device=G.device)
-    if int(info) == 0:  # the one host synchronization of a layer: whether a Cholesky factor exists ⇔ G ≻ 0
-        return _SymmetricFactor(lower, None, none, G.new_empty(0, 1), G.new_empty(0, 1), None, None)
-    packed, pivots, info = torch.linalg.ldl_factor_ex(G)
-    if int(info) != 0:
-        return None
-    lower, order, pairs = _unpack_ldl(packed, pivots)
-    # Jacobi's rotation of each 2 × 2 block [[D_i, b], [b, D_{i+1}]], b ≠ 0: t = tan of its angle
-    D, b = packed.diagonal().clone(), packed.diagonal(-1)[pairs]
-    tau = (D[pairs + 1] - D[pairs]) / (2 * b)
-    t = torch.where(tau < 0, -1.0, 1.0) / (tau.abs() + torch.hypot(tau, torch.ones_like(tau)))
-    cosine = torch.rsqrt(1 + t * t)
-    D[pairs] -= t * b
-    D[pairs + 1] += t * b
-    if not bool((D.abs() > 0).all()):  # NaN too
-        return None
-    return _SymmetricFactor(
-        lower, order, pairs, cosine[:, None], (t * cosine)[:, None], D.abs().sqrt(), D.sign()
-    )
-
-
-def _unpack_ldl(packed: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """LAPACK's sytrf output (lower) → L with Π G Πᵀ = L D Lᵀ, the order Π, and the first rows of the 2 × 2 blocks.
-
-    sytrf leaves L as a product of interchanges and elementary factors: an interchange made at step k was not applied
-    to the columns before k. Column j's rows are therefore read in the order of all interchanges after j composed.
-    """
-    m, pivots = len(packed), pivots.tolist()
-    steps, pairs, k = [], [], 0  # (first column of the block, interchanged rows)
-    while k < m:
-        if pivots[k] > 0:
-            steps.append((k, k, pivots[k] - 1))
-            k += 1
-        else:
-            steps.append((k, k + 1, -pivots[k] - 1))
-            pairs.append(k)
-            k += 2
-    rows = np.empty((m, m), dtype=np.int64)  # row j: where the entries of L's column j stand in `packed`
-    current, position, filled = np.arange(m), list(range(m)), m
-    for k, i, j in reversed(steps):
-        if i != j:
-            rows[k:filled], filled = current, k
-            current[position[i]], current[position[j]] = j, i
-            position[i], position[j] = position[j], position[i]
-    rows[:filled] = current
-    order = torch.from_numpy(current.copy()).to(packed.device)
-    lower = packed if filled == m else packed.mT.gather(1, torch.from_numpy(rows).to(packed.device)).mT
-    pairs = torch.tensor(pairs, dtype=torch.long, device=packed.device)
-    if len(pairs):
-        lower = lower.clone() if lower is packed else lower
-        lower[pairs + 1, pairs] = 0.0  # that entry belongs to D
-    return lower, order, pairs
-
-
 # ---------------------------------------------------------------------------------------- one layer eliminated
 
 
@@ -635,29 +539,15 @@ def _from_basis(Y: Tensor, basis: Tensor | None) -> Tensor:
     return Y if basis is None else Y @ basis.mT
 
 
-def _subtract_gram(P: Tensor, left: Tensor, right: Tensor) -> None:
-    """P ← P − leftᵀ right in place, known to be symmetric: blocks of the lower triangle only."""
-    for start in range(0, len(P), _UPDATE_BLOCK):
-        stop = min(start + _UPDATE_BLOCK, len(P))
-        P[start:stop, :stop].addmm_(left[:, start:stop].mT, right[:, :stop], alpha=-1)
-
-
-def _mirror(P: Tensor) -> None:
-    """Copy the blocks of the lower triangle, as `_subtract_gram` leaves them, to the upper one."""
-    for start in range(_UPDATE_BLOCK, len(P), _UPDATE_BLOCK):
-        stop = min(start + _UPDATE_BLOCK, len(P))
-        P[:start, start:stop] = P[start:stop, :start].mT
-
-
 class _DensePivot(NamedTuple):
     """G = F Σ Fᵀ and the whitened coupling F⁻¹B, of which everything else is made."""
 
-    factor: _SymmetricFactor
+    factor: SymmetricFactor
     coupling: Tensor | None  # (m, n′) F⁻¹B; None in layer 1
 
     def reduce(self, P: Tensor) -> None:
         """P ← P − BᵀG⁻¹B in place."""
-        _subtract_gram(P, self.coupling, self.factor.sign(self.coupling))
+        subtract_gram(P, self.coupling, self.factor.sign(self.coupling))
 
     def backward(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
         """From q (m, k): what `forward` needs of it, and BᵀG⁻¹q (n′, k)."""
@@ -673,100 +563,6 @@ class _DensePivot(NamedTuple):
 
     def logabsdet(self) -> Tensor:
         return self.factor.logabsdet()
-
-
-class _ManyClassPivot(NamedTuple):
-    """The last layer's pivot for many classes: G = blockdiag(D_c) − U Uᵀ, D_c = εI + Rᵀ A_c R, A_c = diag_b Λ_b[c, c].
-
-    U[(q, c), b] = R[b, q] u[b, c]. The direction that adds the same row to every class has neither curvature nor
-    coupling, so it is solved as q̄/ε first; Woodbury's identity, its capacitance I − UᵀD⁻¹U formed without cancellation,
-    works on the zero-sum rest. Without a rank-one term in Λ (mse) the blocks are all. B stays structured.
-    """
-
-    layer: LayerDerivatives
-    basis: Tensor | None  # (d, r) Q
-    reduced: Tensor  # (N, r) R
-    damping: float
-    vectors: Tensor  # (C, r, r) eigenvectors of D_c
-    values: Tensor  # (C, r) its eigenvalues
-    capacitance: tuple[Tensor, Tensor] | None  # eigenvalues (N,) and eigenvectors (N, N) of I − UᵀD⁻¹U
-
-    @classmethod
-    def form(cls, layer: LayerDerivatives, basis: Tensor | None, reduced: Tensor, damping: float) -> _ManyClassPivot:
-        root = layer.output.diagonal.mT.sqrt()[:, :, None]  # (C, N, 1) A_c^½
-        scaled = root * reduced  # (C, N, r)
-        values, vectors = torch.linalg.eigh(scaled.mT @ scaled)
-        capacitance = None
-        if layer.output.rank_one is not None:
-            # I − UᵀD⁻¹U = N Σ_c A_c^½ (I + A_c^½ R Rᵀ A_c^½/ε)⁻¹ A_c^½, since Σ_c A_c = I/N
-            gram, rotation = torch.linalg.eigh(scaled @ scaled.mT)  # (C, N), (C, N, N)
-            inverse = (rotation / (1 + gram / damping)[:, None, :]) @ rotation.mT
-            capacitance = tuple(torch.linalg.eigh(len(reduced) * (root * inverse * root.mT).sum(0)))
-        return cls(layer, basis, reduced, damping, vectors, values + damping, capacitance)
-
-    def _solve(self, q: Tensor) -> Tensor:
-        """G⁻¹q for q (k, r, C)."""
-        if self.capacitance is None:
-            return self._solve_blocks(q)
-        mean, u = q.mean(-1, keepdim=True), self.layer.output.rank_one
-        y = self._solve_blocks(q - mean)
-        values, vectors = self.capacitance
-        w = ((((self.reduced @ y) * u).sum(-1) @ vectors) / values) @ vectors.mT  # (k, N)
-        y = y + self._solve_blocks(self.reduced.mT @ (w[:, :, None] * u))
-        return y - y.mean(-1, keepdim=True) + mean / self.damping
-
-    def _solve_blocks(self, q: Tensor) -> Tensor:
-        """D⁻¹q for q (k, r, C)."""
-        columns = self.vectors.mT @ q.permute(2, 1, 0)  # (C, r, k)
-        return (self.vectors @ (columns / self.values[:, :, None])).permute(2, 1, 0)
-
-    def reduce(self, P: Tensor) -> None:
-        """P ← P − BᵀG⁻¹B in place, in chunks of classes; BᵀG⁻¹B = BᵀD⁻¹B + (UᵀD⁻¹B)ᵀ cap⁻¹ (UᵀD⁻¹B)."""
-        layer, R = self.layer, self.reduced
-        (C, width), (N, r) = layer.weight.shape, R.shape
-        Q = _basis_rows(layer, self.basis)  # (a′, r)
-        correction = P.new_zeros(N, len(P))  # UᵀD⁻¹B
-        curved = _output_times_weight(layer)  # (N, C, a′) Λ W
-        for chunk in torch.arange(C, device=P.device).split(max(1, _CHUNK_BYTES // (8 * r * len(P)))):
-            B = torch.einsum("kq,bc->cqbk", Q, layer.adjoint[:, chunk])
-            B += torch.einsum("bq,bck->cqbk", R, curved[:, chunk])
-            scale = self.values[chunk].abs().sqrt()[:, None, :]  # (c, 1, r)
-            whitening = self.vectors[chunk] / scale
-            white = (whitening.mT @ B.flatten(2)).flatten(0, 1)  # (c r, n′)
-            signed = white * self.values[chunk].sign().view(-1, 1)
-            _subtract_gram(P, white, signed)
-            if self.capacitance is not None:
-                U = layer.output.rank_one[:, chunk].mT[:, :, None] * R  # (c, N, r)
-                correction += (U @ whitening).transpose(0, 1).flatten(1) @ signed
-        if self.capacitance is not None:
-            values, vectors = self.capacitance
-            rotated = vectors.mT @ correction
-            _subtract_gram(P, rotated, rotated / values[:, None])
-
-    def backward(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        """From q (m, k): what `forward` needs of it, and BᵀG⁻¹q (n′, k)."""
-        layer = self.layer
-        y = self._solve(q.mT.unflatten(1, (-1, len(layer.weight))))
-        back = layer.output.apply(self.reduced @ y) @ layer.weight
-        back = back + layer.adjoint @ _from_basis(y.mT, self.basis)[:, :, : layer.weight.shape[1]]
-        return y, back.flatten(1).mT
-
-    def forward(self, y: Tensor, t: Tensor | None) -> Tensor:
-        """−G⁻¹(q + B t) for t (n′, k), from y = G⁻¹q."""
-        if t is not None:
-            layer, (N, width) = self.layer, (len(self.reduced), self.layer.weight.shape[1])
-            t = t.mT.unflatten(1, (N, width))
-            linear = layer.adjoint.mT @ t @ _basis_rows(layer, self.basis)  # (k, C, r) S t
-            y = y + self._solve(linear.mT + self.reduced.mT @ layer.output.apply(t @ layer.weight.mT))
-        return -y.flatten(1).mT
-
-    def num_negative(self) -> int:
-        count = int((self.values < 0).sum())
-        return count if self.capacitance is None else count + int((self.capacitance[0] < 0).sum())
-
-    def logabsdet(self) -> Tensor:
-        total = self.values.abs().log().sum()
-        return total if self.capacitance is None else total + self.capacitance[0].abs().log().sum()
 
 
 def _basis_rows(layer: LayerDerivatives, basis: Tensor | None) -> Tensor:
@@ -794,7 +590,7 @@ class _Pivot(NamedTuple):
     basis: Tensor | None  # (d, r) Q
     reduced: Tensor  # (N, r) R
     damping: float  # ε of this layer
-    solver: _DensePivot | _ManyClassPivot
+    solver: _DensePivot | ManyClassPivot
 
 
 def _sweep(
@@ -810,11 +606,12 @@ def _sweep(
             raise _singular(index, epsilon, f"{perpendicular} directions of its weights don't act on this batch")
         use_many_classes = many_classes and layer.output is not None
         if use_many_classes:
-            solver = _ManyClassPivot.form(layer, Q, R, epsilon)
+            basis = torch.eye(R.shape[1], dtype=R.dtype, device=R.device) if Q is None else Q
+            solver = ManyClassPivot.form(layer, basis, R, epsilon)
             P = _output_cost_to_go(layer) if index else None
         else:
             G, B, P = _eliminate(layer, Q, R, epsilon, P, first=index == 0)
-            factor = _factor_symmetric(G)
+            factor = factor_symmetric(G)
             if factor is None:
                 raise _singular(index, epsilon, "its pivot is exactly singular")
             solver = _DensePivot(factor, None if B is None else factor.whiten(B))
@@ -824,7 +621,7 @@ def _sweep(
         logabsdet += float(solver.logabsdet()) + (perpendicular * math.log(abs(epsilon)) if perpendicular else 0.0)
         if P is not None:
             solver.reduce(P)
-            _mirror(P)
+            mirror(P)
             if Q is not None:  # − (λλᵀ) ⊗ (I − QQᵀ)/ε, without the bias
                 width = layer.weight.shape[1]
                 outside = (Q[:width] @ Q[:width].mT).neg_()
@@ -941,7 +738,7 @@ def _count_operations(layers: Sequence[LayerDerivatives]) -> tuple[dict[str, flo
         m, n, below = a * r, N * a, N * width if index else 0
         num_parameters += a * d
         product += N * a * (4 * d + (8 * width if index else 0))
-        update = m * below * (below + min(below, _UPDATE_BLOCK))
+        update = m * below * (below + min(below, UPDATE_BLOCK))
         if layer.output is None:
             # JᵀK, JᵀKJ; K A, Aᵀ K A, Jᵀ K A; Cholesky, F⁻¹B, BᵀG⁻¹B
             sweep += 2 * r * n * n + 2 * r * m * n
@@ -968,62 +765,6 @@ def _dense_hessian(layers: Sequence[LayerDerivatives], num_parameters: int) -> T
     return H
 
 
-class _Refined(NamedTuple):
-    x: Tensor  # (P, k)
-    residual: Tensor  # (k,) relative
-    attainable: float  # u ‖A‖ ‖x‖ / ‖v‖, the largest over the columns, with the largest ‖A z‖/‖z‖ seen for ‖A‖
-
-
-def _column_norms(v: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(v, dim=0)
-
-
-def _refine(
-    product: Callable[[Tensor], Tensor],
-    precondition: Callable[[Tensor], Tensor],
-    v: Tensor,
-    rtol: float,
-    target: float = 0.0,
-) -> _Refined:
-    """Refine `precondition`(v) towards A x = v, all columns at once, until the residual is at `target` or stops falling.
-
-    GCR: each correction is scaled, and combined with the earlier ones, so that the residual is as small as can be. With
-    a good factorization a step is one of iterative refinement; where refinement would contract slowly or diverge, it
-    is a Krylov method. The residual is recomputed from x after each step; a step that doesn't lower it is dropped.
-    """
-    norm = _column_norms(v)
-    norm = torch.where(norm > 0, norm, 1.0)
-    x, r, directions = torch.zeros_like(v), v, []
-    residual, largest = _column_norms(r) / norm, torch.zeros_like(norm)
-    history = [residual]
-    for _ in range(_MAX_REFINEMENTS):
-        z = precondition(r)
-        w = product(z)
-        largest = torch.fmax(largest, _column_norms(w) / _column_norms(z))  # fmax passes over NaN
-        for _ in range(2):  # once more: the first pass leaves what rounding left
-            for old_z, old_w in directions:
-                overlap = (old_w * w).sum(0)
-                z, w = z - overlap * old_z, w - overlap * old_w
-        z, w = z / _column_norms(w), w / _column_norms(w)
-        step = (w * r).sum(0)
-        candidate = x + step * z
-        candidate_r = v - product(candidate) if len(history) > 1 else r - step * w
-        better = _column_norms(candidate_r) / norm < residual  # False for NaN
-        x, r = torch.where(better, candidate, x), torch.where(better, candidate_r, r)
-        residual = _column_norms(r) / norm
-        history.append(residual)
-        floor = _UNIT_ROUNDOFF * largest * _column_norms(x) / norm
-        falling = residual < 0.5 * history[-2]
-        if len(history) > _PATIENCE:
-            falling |= (residual > rtol) & (residual < 0.5 * history[-1 - _PATIENCE])
-        else:
-            falling |= residual > rtol
-        if not bool((falling & (residual > floor) & (residual > target)).any()):
-            break
-        directions = [*directions, (z, w)][-_MAX_DIRECTIONS:] if bool(better.any()) else []
-    return _Refined(x, residual, float(floor.max()))
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class HessianFactorization:
     """H + εI (or its Gauss–Newton part + εI), factored at one batch and one set of parameters; see `factorize_hessian`.
@@ -1039,7 +780,7 @@ class HessianFactorization:
     logabsdet: float  # log |det(H + damping·I)|
     _layers: tuple[LayerDerivatives, ...]
     _epsilons: tuple[float, ...]
-    _factor: list[_Pivot] | _SymmetricFactor
+    _factor: list[_Pivot] | SymmetricFactor
 
     @property
     def is_positive_definite(self) -> bool:
@@ -1063,12 +804,16 @@ class HessianFactorization:
         if rtol is None:
             x = self._direct(columns)
         else:
-            refined = _refine(self._product, self._direct, columns, _checked_rtol(rtol))
+            refined = refine(self._product, self._direct, columns, _checked_rtol(rtol))
             if not bool((refined.residual <= rtol).all()):
                 worst = float(refined.residual.max())
+                norm = _spectral_norm(self._layers, columns) + max(map(abs, self._epsilons))
+                reach = (
+                    UNIT_ROUNDOFF * norm * float((column_norms(refined.x) / column_norms(columns)).nan_to_num().max())
+                )
                 raise SingularHessianError(
                     f"(H + damping·I)x = v was solved to a relative residual of {worst:.1e}, not to rtol={rtol:g}, at "
-                    f"damping={self.damping}; float64 can't be expected below {refined.attainable:.0e} here. "
+                    f"damping={self.damping}; float64 can't be expected below {reach:.0e}. "
                     + _remedy(worst, *self._larger_damping(columns, rtol)),
                     damping=self.damping,
                     residual=worst,
@@ -1080,14 +825,14 @@ class HessianFactorization:
         """‖(H + εI)x − v‖/‖v‖ in float64, () for x and v of shape (P,), (k,) for (P, k); ‖x‖-free, 0 for x = v = 0."""
         if x.shape != v.shape:
             raise ValueError(f"x and v must have one shape, got {tuple(x.shape)} and {tuple(v.shape)}")
-        x_columns, columns = (
-            _checked_vector(y, self.num_parameters, self._layers[0].weight.device) for y in (x, v)
+        x_columns, columns = (_checked_vector(y, self.num_parameters, self._layers[0].weight.device) for y in (x, v))
+        norm = column_norms(columns)
+        return (column_norms(columns - self._product(x_columns)) / torch.where(norm > 0, norm, 1.0)).reshape(
+            v.shape[1:]
         )
-        norm = _column_norms(columns)
-        return (_column_norms(columns - self._product(x_columns)) / torch.where(norm > 0, norm, 1.0)).reshape(v.shape[1:])
 
     def _direct(self, v: Tensor) -> Tensor:
-        if isinstance(self._factor, _SymmetricFactor):
+        if isinstance(self._factor, SymmetricFactor):
             return self._factor.unwhiten(self._factor.sign(self._factor.whiten(v)))
         return _sweep_solve(self._layers, self._factor, v)
 
@@ -1099,7 +844,7 @@ class HessianFactorization:
         for factor in (10.0, 1000.0):
             epsilons = tuple(factor * epsilon for epsilon in self._epsilons)
             found = _factorize(self._layers, epsilons, self.curvature, self.route)
-            refined = _refine(found._product, found._direct, v, rtol)
+            refined = refine(found._product, found._direct, v, rtol)
             if bool((refined.residual <= rtol).all()):
                 return found.damping, float(refined.residual.max())
         return None, math.inf
@@ -1107,16 +852,15 @@ class HessianFactorization:
 
 def _remedy(residual: float, damping: float | tuple[float, ...] | None, damped_residual: float) -> str:
     if damping is None:
-        return f"Pass a larger damping, or rtol={1.1 * residual:.1e} to accept this answer"
-    return (
-        f"Pass damping={damping} (tried: it reaches {damped_residual:.0e}), or rtol={1.1 * residual:.1e} "
-        "to accept this answer"
-    )
+        advice = "Pass a larger damping"
+    else:
+        advice = f"Pass damping={damping} (tried: it reaches {damped_residual:.0e})"
+    return advice + (f", or rtol={1.1 * residual:.1e} to accept this answer" if residual < 0.5 else "")
 
 
 def _checked_rtol(rtol: float) -> float:
-    if not 0 < rtol < 1:
-        raise ValueError(f"rtol must lie between 0 and 1 (or be None: one direct sweep, unchecked), got {rtol!r}")
+    if rtol is None or not 0 < rtol < 1:
+        raise ValueError(f"rtol must lie between 0 and 1 here, got {rtol!r}")
     return rtol
 
 
@@ -1140,7 +884,7 @@ def _factorize(
     else:
         G = _dense_hessian(layers, num_parameters)
         G.diagonal().add_(_damping_vector(layers, epsilons)[:, 0])
-        factor = _factor_symmetric(G)
+        factor = factor_symmetric(G)
         if factor is None:
             raise SingularHessianError(
                 f"H + damping·I is exactly singular at damping {epsilons}: choose another damping", damping=epsilons
@@ -1189,7 +933,9 @@ def factorize_hessian(
 def _checked_damping(damping: float | Sequence[float], num_layers: int) -> tuple[float, ...]:
     epsilons = tuple(map(float, damping)) if isinstance(damping, Sequence) else (float(damping),) * num_layers
     if len(epsilons) != num_layers or not all(map(math.isfinite, epsilons)):
-        raise ValueError(f"damping must be a finite number, or one for each of the {num_layers} layers, got {damping!r}")
+        raise ValueError(
+            f"damping must be a finite number, or one for each of the {num_layers} layers, got {damping!r}"
+        )
     return epsilons
 
 
@@ -1223,20 +969,21 @@ def _solve_undamped(layers: tuple[LayerDerivatives, ...], v: Tensor, rtol: float
         shifted = _factorize(layers, (shift * norm,) * len(layers), "hessian", "auto")
 
         def precondition(r: Tensor, shifted: HessianFactorization = shifted) -> Tensor:
-            return _refine(shifted._product, shifted._direct, r, rtol).x
+            return refine(shifted._product, shifted._direct, r, rtol).x
 
-        refined = _refine(lambda y: _product(layers, y), precondition, v, rtol, target=0.01 * rtol)
+        refined = refine(lambda y: _product(layers, y), precondition, v, rtol, target=0.01 * rtol, null=1e-12 * norm)
         if bool((refined.residual <= rtol).all()):
             return refined.x
-        worst = float(refined.residual.max())
-        column = refined.residual.argmax()
-        r = v[:, column : column + 1] - _product(layers, refined.x[:, column : column + 1])
-        curvature = float(_column_norms(_product(layers, r)) / _column_norms(r)) / norm  # 0 ⇔ r is in the null space
-        tried.append((worst, curvature, refined, shifted))
-        if outside := curvature <= 1e-11 + 10 * refined.attainable / worst:
+        worst, column = refined.residual.max(0)
+        r = v[:, column, None] - _product(layers, refined.x[:, column, None])
+        for _ in range(2):  # leaves what lies where |μ| ≲ δ
+            r = shift * norm * precondition(r)
+        curvature = float(column_norms(_product(layers, r)) / column_norms(r)) / norm
+        tried.append((float(worst), curvature, refined, shifted))
+        if curvature < 1e-12:
             break
     worst, curvature, refined, shifted = min(tried, key=lambda entry: entry[0])
-    if outside:
+    if curvature < 1e-12:
         why = f"v is outside the range of H by {worst:.1e} of its norm, so that no x solves H x = v"
         if dtype == torch.float32 and worst < 1e-6:
             why += " (a float32 v is known to 6e-8 of its norm only: compute it in float64, from model.double())"
@@ -1245,7 +992,7 @@ def _solve_undamped(layers: tuple[LayerDerivatives, ...], v: Tensor, rtol: float
             f"what is left of v, {worst:.1e} of its norm, lies where the eigenvalues of H, about {curvature:.0e} of "
             "its norm, are too near 0 for float64"
         )
-    damped = _refine(shifted._product, shifted._direct, v, rtol)
+    damped = refine(shifted._product, shifted._direct, v, rtol)
     if bool((damped.residual <= rtol).all()):
         damping, damped_residual = shifted.damping, float(damped.residual.max())
     else:
@@ -1261,10 +1008,10 @@ def _spectral_norm(layers: Sequence[LayerDerivatives], like: Tensor) -> float:
     """‖H‖ from below, by power iteration from a fixed start; right to a few percent, which a shift does not need."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(len(like), 1, generator=generator, dtype=torch.float64).to(like.device)
-    norm = _column_norms(x)
+    norm = column_norms(x)
     for _ in range(20):
         x = _product(layers, x / norm)
-        norm = _column_norms(x)
+        norm = column_norms(x)
     if not float(norm) > 0:
         raise SingularHessianError("H is zero at this batch: pass a damping", damping=0.0)
     return float(norm)

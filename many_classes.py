@@ -1,0 +1,109 @@
+"""The last layer's pivot where there are many classes, structured: hessian.py's special case for wide outputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from linear_algebra import subtract_gram
+
+if TYPE_CHECKING:
+    from hessian import LayerDerivatives
+
+_CHUNK_BYTES = 2**28  # the couplings of so many classes are formed at a time
+
+
+class ManyClassPivot(NamedTuple):
+    """The last layer's pivot for many classes: G = blockdiag(D_c) − U Uᵀ, D_c = εI + Rᵀ A_c R, A_c = diag_b Λ_b[c, c].
+
+    U[(q, c), b] = R[b, q] u[b, c]. The direction that adds the same row to every class has neither curvature nor
+    coupling, so it is solved as q̄/ε first; Woodbury's identity, its capacitance I − UᵀD⁻¹U formed without cancellation,
+    works on the zero-sum rest. Without a rank-one term in Λ (mse) the blocks are all. B stays structured.
+    """
+
+    layer: LayerDerivatives
+    basis: Tensor  # (d, r) Q
+    reduced: Tensor  # (N, r) R
+    damping: float
+    vectors: Tensor  # (C, r, r) eigenvectors of D_c
+    values: Tensor  # (C, r) its eigenvalues
+    capacitance: tuple[Tensor, Tensor] | None  # eigenvalues (N,) and eigenvectors (N, N) of I − UᵀD⁻¹U
+
+    @classmethod
+    def form(cls, layer: LayerDerivatives, basis: Tensor, reduced: Tensor, damping: float) -> ManyClassPivot:
+        root = layer.output.diagonal.mT.sqrt()[:, :, None]  # (C, N, 1) A_c^½
+        scaled = root * reduced  # (C, N, r)
+        values, vectors = torch.linalg.eigh(scaled.mT @ scaled)
+        capacitance = None
+        if layer.output.rank_one is not None:
+            # I − UᵀD⁻¹U = N Σ_c A_c^½ (I + A_c^½ R Rᵀ A_c^½/ε)⁻¹ A_c^½, since Σ_c A_c = I/N
+            gram, rotation = torch.linalg.eigh(scaled @ scaled.mT)  # (C, N), (C, N, N)
+            inverse = (rotation / (1 + gram / damping)[:, None, :]) @ rotation.mT
+            capacitance = tuple(torch.linalg.eigh(len(reduced) * (root * inverse * root.mT).sum(0)))
+        return cls(layer, basis, reduced, damping, vectors, values + damping, capacitance)
+
+    def _solve(self, q: Tensor) -> Tensor:
+        """G⁻¹q for q (k, r, C)."""
+        if self.capacitance is None:
+            return self._solve_blocks(q)
+        mean, u = q.mean(-1, keepdim=True), self.layer.output.rank_one
+        y = self._solve_blocks(q - mean)
+        values, vectors = self.capacitance
+        w = ((((self.reduced @ y) * u).sum(-1) @ vectors) / values) @ vectors.mT  # (k, N)
+        y = y + self._solve_blocks(self.reduced.mT @ (w[:, :, None] * u))
+        return y - y.mean(-1, keepdim=True) + mean / self.damping
+
+    def _solve_blocks(self, q: Tensor) -> Tensor:
+        """D⁻¹q for q (k, r, C)."""
+        columns = self.vectors.mT @ q.permute(2, 1, 0)  # (C, r, k)
+        return (self.vectors @ (columns / self.values[:, :, None])).permute(2, 1, 0)
+
+    def reduce(self, P: Tensor) -> None:
+        """P ← P − BᵀG⁻¹B in place, in chunks of classes; BᵀG⁻¹B = BᵀD⁻¹B + (UᵀD⁻¹B)ᵀ cap⁻¹ (UᵀD⁻¹B)."""
+        layer, R = self.layer, self.reduced
+        (C, width), (N, r) = layer.weight.shape, R.shape
+        Q = self.basis[:width]  # (a′, r)
+        correction = P.new_zeros(N, len(P))  # UᵀD⁻¹B
+        curved = layer.output.apply(layer.weight.mT[:, None]).permute(1, 2, 0)  # (N, C, a′) Λ W
+        for chunk in torch.arange(C, device=P.device).split(max(1, _CHUNK_BYTES // (8 * r * len(P)))):
+            B = torch.einsum("kq,bc->cqbk", Q, layer.adjoint[:, chunk])
+            B += torch.einsum("bq,bck->cqbk", R, curved[:, chunk])
+            scale = self.values[chunk].abs().sqrt()[:, None, :]  # (c, 1, r)
+            whitening = self.vectors[chunk] / scale
+            white = (whitening.mT @ B.flatten(2)).flatten(0, 1)  # (c r, n′)
+            signed = white * self.values[chunk].sign().view(-1, 1)
+            subtract_gram(P, white, signed)
+            if self.capacitance is not None:
+                U = layer.output.rank_one[:, chunk].mT[:, :, None] * R  # (c, N, r)
+                correction += (U @ whitening).transpose(0, 1).flatten(1) @ signed
+        if self.capacitance is not None:
+            values, vectors = self.capacitance
+            rotated = vectors.mT @ correction
+            subtract_gram(P, rotated, rotated / values[:, None])
+
+    def backward(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """From q (m, k): what `forward` needs of it, and BᵀG⁻¹q (n′, k)."""
+        layer = self.layer
+        y = self._solve(q.mT.unflatten(1, (-1, len(layer.weight))))
+        back = layer.output.apply(self.reduced @ y) @ layer.weight
+        back = back + layer.adjoint @ (y.mT @ self.basis[: layer.weight.shape[1]].mT)
+        return y, back.flatten(1).mT
+
+    def forward(self, y: Tensor, t: Tensor | None) -> Tensor:
+        """−G⁻¹(q + B t) for t (n′, k), from y = G⁻¹q."""
+        if t is not None:
+            layer, (N, width) = self.layer, (len(self.reduced), self.layer.weight.shape[1])
+            t = t.mT.unflatten(1, (N, width))
+            linear = layer.adjoint.mT @ t @ self.basis[:width]  # (k, C, r) S t
+            y = y + self._solve(linear.mT + self.reduced.mT @ layer.output.apply(t @ layer.weight.mT))
+        return -y.flatten(1).mT
+
+    def num_negative(self) -> int:
+        count = int((self.values < 0).sum())
+        return count if self.capacitance is None else count + int((self.capacitance[0] < 0).sum())
+
+    def logabsdet(self) -> Tensor:
+        total = self.values.abs().log().sum()
+        return total if self.capacitance is None else total + self.capacitance[0].abs().log().sum()

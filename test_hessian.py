@@ -1,0 +1,871 @@
+"""Tests of hessian.py: `pytest test_hessian.py -v`, or `python3 test_hessian.py`. Without the long ones: -m "not slow".
+
+Oracles: the dense Hessian by torch.func.hessian, double backward, central differences of the loss, and closed forms;
+everything in float64, seeded, hidden widths unequal, batches below and above the widths.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import gc
+import io
+import math
+import pickle
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import hessian
+from hessian import (
+    ACTIVATIONS,
+    DeepMLPWithTracking,
+    SingularHessianError,
+    compute_layer_derivatives,
+    factorize_hessian,
+    hessian_inverse_vector_product,
+    hessian_vector_product,
+)
+from linear_algebra import factor_symmetric
+
+HERE = Path(__file__).resolve().parent
+DAMPINGS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
+DEEP = (3, 5, 4, 6, 3, 4, 7, 5, 3, 6, 4, 5, 3, 7, 4, 6, 5, 3, 4, 6)  # 20 hidden layers, neighbours unequal
+
+
+class Case(NamedTuple):
+    hidden: tuple[int, ...]
+    batch: int
+    activation: str = "tanh"
+    loss: str = "cross_entropy"
+    residual: bool = False
+    bias: bool = True
+    inputs: int = 5
+    classes: int = 3
+    soft: bool = False  # rows of probabilities as targets
+
+    def build(self, seed: int = 0, scale: float = 1.0) -> tuple[DeepMLPWithTracking, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = DeepMLPWithTracking(
+                self.inputs,
+                self.hidden,
+                self.classes,
+                len(self.hidden),
+                self.activation,
+                bias=self.bias,
+                residual=self.residual,
+                loss=self.loss,
+            ).double()
+        with torch.no_grad():  # away from the special point of initialization: biases random, weights larger
+            for p in model.parameters():
+                p.mul_(1.2).add_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        x = scale * torch.randn(self.batch, self.inputs, generator=generator, dtype=torch.float64)
+        if self.loss == "mse":
+            y = torch.randn(self.batch, self.classes, generator=generator, dtype=torch.float64)
+        elif self.soft:
+            y = torch.rand(self.batch, self.classes, generator=generator, dtype=torch.float64).softmax(1)
+        else:
+            y = torch.randint(self.classes, (self.batch,), generator=generator)
+        return model, x, y
+
+
+SHAPES = [((), 1), ((), 20), ((4,), 2), ((4,), 20), ((6, 4, 7), 1), ((6, 4, 7), 3), ((6, 4, 7), 15)]
+GRID = (
+    [Case(h, n, a, bias=b) for a in ACTIVATIONS for h, n in SHAPES[2:] for b in (True, False)]
+    + [Case(h, n, loss="mse", bias=b) for h, n in SHAPES for b in (True, False)]
+    + [Case(h, n, soft=True) for h, n in SHAPES]
+    # skips: around the first layer (5 → 5), and around layers 3 and 5
+    + [
+        Case((5, 6, 6, 4, 4, 7), n, a, loss, residual=True, bias=n != 3)
+        for a in ACTIVATIONS
+        for n, loss in ((1, "cross_entropy"), (3, "mse"), (3, "cross_entropy"), (15, "cross_entropy"))
+    ]
+    + [Case(DEEP, n, a) for n, a in ((1, "tanh"), (2, "gelu"), (12, "tanh"), (12, "relu"))]
+    + [Case((5,) + DEEP[1:12] + (5,) * 8, n, residual=True) for n in (2, 9)]
+    + [Case((16, 12, 14), n, inputs=10) for n in (3, 9)]
+)
+
+
+def case_id(case: Case) -> str:
+    flags = [case.activation, case.loss] + [name for name in ("residual", "soft") if getattr(case, name)]
+    return "-".join([*flags, f"L{len(case.hidden) + 1}", f"N{case.batch}"] + ([] if case.bias else ["nobias"]))
+
+
+def random_vector(size: int, columns: int | None = None, seed: int = 7) -> Tensor:
+    shape = (size,) if columns is None else (size, columns)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def tracked_loss(case: Case, **kwargs) -> tuple[DeepMLPWithTracking, Tensor]:
+    model, x, y = case.build(**kwargs)
+    return model, model(x, y, track_activations=True)
+
+
+def gradient(model: nn.Module, loss: Tensor) -> Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
+
+
+def flat_function(model: nn.Module, x: Tensor, *targets: Tensor):
+    """θ ↦ model(x, *targets) as a function of the flat parameters, and θ."""
+    names = [name for name, _ in model.named_parameters()]
+    parameters = [p.detach() for p in model.parameters()]
+
+    def f(theta: Tensor) -> Tensor:
+        pieces = theta.split([p.numel() for p in parameters])
+        views = {n: t.view_as(p) for n, t, p in zip(names, pieces, parameters, strict=True)}
+        return torch.func.functional_call(model, views, (x, *targets))
+
+    return f, torch.cat([p.flatten() for p in parameters])
+
+
+@functools.lru_cache(maxsize=4)
+def dense_hessian(case: Case, curvature: str = "hessian") -> Tensor:
+    model, x, y = case.build()
+    if curvature == "hessian":
+        f, theta = flat_function(model, x, y)
+        return torch.func.hessian(f)(theta)
+    f, theta = flat_function(model, x)
+    J = torch.func.jacrev(f)(theta).flatten(0, 1)  # (N C, P)
+    in_logits = nn.functional.mse_loss if case.loss == "mse" else nn.functional.cross_entropy
+    Lambda = torch.func.hessian(lambda h: in_logits(h, y))(f(theta)).reshape(len(J), len(J))
+    return J.T @ Lambda @ J
+
+
+def relative(error: Tensor, reference: Tensor) -> float:
+    return (error.norm() / reference.norm()).item()
+
+
+def dense_residual(A: Tensor, v: Tensor) -> float:
+    """The residual of torch.linalg.solve on the dense matrix with one refinement."""
+    x = torch.linalg.solve(A, v)
+    x = x + torch.linalg.solve(A, v - A @ x)
+    return relative(A @ x - v, v)
+
+
+# ------------------------------------------------------------------------------------------- the promised ten
+
+
+def test_hessian_inverse_correctness_on_gradient():
+    for case in (
+        Case((6, 4, 7), 3),
+        Case((6, 4, 7), 15),
+        Case((4,), 20, "softplus"),
+        Case((5, 5, 4), 9, residual=True),
+    ):
+        model, loss = tracked_loss(case)
+        g = gradient(model, loss)
+        x = hessian_inverse_vector_product(model, loss, g)
+        assert relative(dense_hessian(case) @ x - g, g) <= 1e-8
+
+
+def test_hessian_inverse_on_random_vector():
+    """H x = v has no solution for a general v, which is said; the damped system has one."""
+    case = Case((6, 4, 7), 15)
+    model, loss = tracked_loss(case)
+    v = random_vector(num_parameters(model))
+    with pytest.raises(SingularHessianError, match="outside the range") as caught:
+        hessian_inverse_vector_product(model, loss, v)
+    assert 0.1 < caught.value.residual <= 1 and caught.value.damping == 0.0
+    A = dense_hessian(case) + 0.1 * torch.eye(len(v), dtype=torch.float64)
+    x = hessian_inverse_vector_product(model, loss, v, damping=0.1)
+    assert relative(A @ x - v, v) <= 1e-12
+    assert relative(x - torch.linalg.solve(A, v), x) <= 1e-10
+
+
+def counted_operations(work) -> int:
+    """Operations of `work()`: products by torch's counter, factorizations and triangular solves by their formulas."""
+    aten = torch.ops.aten
+
+    def cholesky(shape, *_, out_shape=None, **__):
+        return math.prod(shape[:-2]) * shape[-1] ** 3 // 3
+
+    def triangular(shape, right, *_, out_shape=None, **__):
+        return math.prod(right) * shape[-1]
+
+    with FlopCounterMode(
+        display=False,
+        custom_mapping={
+            aten.linalg_cholesky_ex: cholesky,
+            aten.linalg_ldl_factor_ex: cholesky,
+            aten.linalg_solve_triangular: triangular,
+            aten.addmm_: lambda c, a, b, *_, out_shape=None, **__: 2 * math.prod(a) * b[-1],
+        },
+    ) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def operations_at_depth(num_layers: int, batch: int = 5, width: int = 7, damping: float = 1e6) -> int:
+    model, loss = tracked_loss(Case((width,) * (num_layers - 1), batch, inputs=width))
+    v = random_vector(num_parameters(model))
+
+    def work():
+        factorization = factorize_hessian(model, loss, damping, route="sweep")
+        assert factorization.is_positive_definite  # otherwise a failed Cholesky would be counted as a whole one
+        factorization.solve(v, rtol=None)
+
+    return counted_operations(work)
+
+
+@pytest.mark.parametrize("num_layers", [2, 4, 8, 12])
+def test_computational_cost_per_depth(num_layers):
+    """One more hidden layer costs m³/3 + m²n + 2 m n² (design: factor, whiten the coupling, update), plus the
+    structured products, exactly; so the O(m³) step is counted, and depth L costs (L − 2) hidden layers and two ends."""
+    N, a, r = 5, 7, 5  # N < a + 1 inputs: pivots of size m = a r = a N = n
+    d, m, n = a + 1, a * r, N * a
+    cubic = m**3 // 3 + m * m * n + 2 * m * n * n
+    forming = 2 * r * n * n + 2 * r * m * n  # JᵀK, JᵀKJ
+    forming += 2 * a * n * n + 2 * a * n * n + 2 * r * n * n  # KA, AᵀKA, JᵀKA
+    forming += 2 * N * N * a + 2 * r * a * a  # λλᵀ, QQᵀ
+    forming += r * a * a * N  # S: an outer product, which the counter takes for matrix products of inner dimension 1
+    derivatives = 4 * N * a * a  # forward and backward pass
+    sweeps = 4 * m * n + 2 * m * m  # B t, Bᵀy; F⁻¹, F⁻ᵀ
+    sweeps += 2 * N * a * a * 3 + 2 * N * a * d  # pW, λ(V − VQQᵀ), λᵀt; z̃Xᵀ
+    sweeps += 2 * a * d * r * 5 + 2 * N * r * a + 2 * N * a * a  # V Q and back, Y Qᵀ, X⊥; Rᵀ(φ′p); tWᵀ
+    layer = operations_at_depth(num_layers + 1) - operations_at_depth(num_layers)
+    assert cubic > 0.55 * layer
+    assert layer == pytest.approx(cubic + forming + derivatives + sweeps, rel=0.02)
+
+
+@pytest.mark.slow
+def test_scaling_is_linear():
+    """Operations and kept bytes are affine in the number of layers, to the last digit; the peak of memory follows."""
+    operations = [operations_at_depth(L) for L in (8, 16, 24, 32, 40, 48, 56, 64)]
+    assert len({b - a for a, b in zip(operations, operations[1:], strict=False)}) == 1
+    kept = []
+    for num_layers in (8, 16, 32, 64):
+        model, loss = tracked_loss(Case((7,) * (num_layers - 1), 5, inputs=7))
+        kept.append(reachable_bytes(factorize_hessian(model, loss, 1e6, route="sweep")))
+    assert kept[1] - kept[0] == (kept[2] - kept[1]) / 2 == (kept[3] - kept[2]) / 4
+    low, middle, high = (peak_bytes(num_layers) for num_layers in (8, 24, 56))
+    assert (high - middle) / 32 == pytest.approx((middle - low) / 16, rel=0.3)
+
+
+def reachable_bytes(*roots) -> int:
+    """Bytes of all tensor storages that can be reached from the objects, each counted once."""
+    storages, stack = {}, list(roots)
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif dataclasses.is_dataclass(item):
+            stack += [getattr(item, field.name) for field in dataclasses.fields(item)]
+        elif isinstance(item, (list, tuple)):
+            stack += item
+    return sum(storages.values())
+
+
+def peak_bytes(num_layers: int) -> int:
+    """Peak resident memory of a fresh process that factors and solves at width 32, N = 16."""
+    code = (
+        "import resource, torch; torch.set_num_threads(1); from test_hessian import *\n"
+        f"model, loss = tracked_loss(Case((32,) * {num_layers - 1}, 16, inputs=32))\n"
+        "factorize_hessian(model, loss, 0.1, route='sweep').solve(random_vector(num_parameters(model)))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))"
+    )
+    return int(subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("scale", [0.001, 1.0, 1000.0])
+def test_numerical_stability_at_scale(scale):
+    """Loss and ε scaled together: x is unchanged for v·scale. And the inputs scaled. Both as accurate as a dense solve."""
+    case = Case((6, 4, 7), 15, loss="mse")  # scaling the mse loss by c: the last layer and the targets by √c
+    model, x, y = case.build()
+    v = random_vector(num_parameters(model))
+    reference = factorize_hessian(model, model(x, y, track_activations=True), 0.1).solve(v)
+    H = dense_hessian(case)
+    # a loss scaled by `scale` has the same derivatives times it, in the layers' adjoints, curvatures and Λ
+    layers = [
+        layer._replace(
+            adjoint=scale * layer.adjoint,
+            curvature=scale * layer.curvature,
+            output=layer.output and layer.output._replace(diagonal=scale * layer.output.diagonal),
+        )
+        for layer in compute_layer_derivatives(model)
+    ]
+    for route in ("sweep", "dense"):
+        scaled = hessian._factorize(tuple(layers), (0.1 * scale,) * 4, "hessian", route)
+        assert relative(scaled.solve(scale * v) - reference, reference) <= 1e-10
+        A = scale * (H + 0.1 * torch.eye(len(v), dtype=torch.float64))
+        assert relative(A @ scaled.solve(v) - v, v) <= max(10 * dense_residual(A, v), 1e-13)
+    for loss in ("cross_entropy", "mse"):
+        model, x, y = case._replace(loss=loss).build(scale=scale)
+        f, theta = flat_function(model, x, y)
+        H = torch.func.hessian(f)(theta)
+        A = H + 0.1 * torch.eye(len(v), dtype=torch.float64)
+        for route in ("sweep", "dense"):
+            solved = factorize_hessian(model, model(x, y, track_activations=True), 0.1, route=route).solve(v)
+            assert relative(A @ solved - v, v) <= max(10 * dense_residual(A, v), 1e-13)
+
+
+# ------------------------------------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize("case", GRID, ids=case_id)
+def test_exact_on_the_grid(case):
+    """Products, residuals, inertia and determinant against the dense matrix: both curvatures, both routes, every ε."""
+    model, loss = tracked_loss(case)
+    size = num_parameters(model)
+    v, identity = random_vector(size, 2), torch.eye(size, dtype=torch.float64)
+    H = dense_hessian(case)
+    assert relative(hessian_vector_product(model, loss, v) - H @ v, H @ v) <= 1e-12
+    for curvature in ("hessian", "gauss_newton"):
+        H = dense_hessian(case, curvature)
+        for damping in DAMPINGS + ((-0.01,) if curvature == "hessian" else ()):
+            A = H + damping * identity
+            eigenvalues = torch.linalg.eigvalsh(A)
+            allowed = max(10 * dense_residual(A, v), 1e-13)
+            for route in ("sweep", "dense"):
+                f = factorize_hessian(model, loss, damping, curvature=curvature, route=route)
+                x = f.solve(v)
+                # the oracle's H and the products' H are each rounded once: that difference is no error of the solve
+                rounding = relative(A @ x - f._product(x), v)
+                assert rounding <= 1e-12 * relative(A.norm() * x, v)
+                assert relative(A @ x - v, v) <= allowed + 2 * rounding, (curvature, damping, route)
+                assert f.route == route
+                # an eigenvalue within rounding of 0 may count either way
+                sure = eigenvalues.abs() > 1e-13 * eigenvalues.abs().max()
+                low = int((eigenvalues[sure] < 0).sum())
+                assert low <= f.num_negative_eigenvalues <= low + int((~sure).sum())
+                condition = (eigenvalues.abs().max() / eigenvalues.abs()).sum().item()
+                error = abs(f.logabsdet - eigenvalues.abs().log().sum().item())
+                assert error <= 1e-14 * condition + 1e-12 * size
+
+
+def test_the_grid_is_indefinite():
+    """At most points H + εI has negative eigenvalues, so that the grid tests what Cholesky can't do."""
+    negative = 0
+    for case in GRID:
+        model, loss = tracked_loss(case)
+        negative += not factorize_hessian(model, loss, 1e-3).is_positive_definite
+    assert negative > 0.6 * len(GRID)
+
+
+@pytest.mark.parametrize("case", GRID[::9], ids=case_id)
+def test_products_match_double_backward(case):
+    model, loss = tracked_loss(case)
+    parameters = list(model.parameters())
+    v = random_vector(num_parameters(model))
+    g = torch.cat([p.flatten() for p in torch.autograd.grad(loss, parameters, create_graph=True)])
+    rows = torch.autograd.grad(g @ v, parameters, allow_unused=True)  # a linear model's may not depend on some
+    expected = torch.cat(
+        [(torch.zeros_like(p) if r is None else r).flatten() for p, r in zip(parameters, rows, strict=True)]
+    )
+    assert relative(hessian_vector_product(model, loss, v) - expected, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("case", GRID[::7], ids=case_id)
+def test_undamped_on_the_gradient(case):
+    """Residual ≤ 1e-8 and the pseudo-inverse's x wherever no eigenvalue lies between 1e-12 and 1e-5 of ‖H‖."""
+    model, loss = tracked_loss(case)
+    g = gradient(model, loss)
+    eigenvalues, vectors = torch.linalg.eigh(dense_hessian(case))
+    size = eigenvalues.abs() / eigenvalues.abs().max()
+    try:
+        x = hessian_inverse_vector_product(model, loss, g)
+    except SingularHessianError as error:
+        assert ((size > 1e-12) & (size < 1e-5)).any(), "raised though the spectrum has a gap"
+        assert "damping=" in str(error)
+        return
+    assert relative(dense_hessian(case) @ x - g, g) <= 1e-8
+    if not ((size > 1e-12) & (size < 1e-5)).any():
+        kept = size > 1e-9
+        pseudo_inverse = vectors[:, kept] @ ((vectors[:, kept].T @ g) / eigenvalues[kept])
+        assert relative(x - pseudo_inverse, pseudo_inverse) <= 1e-6
+
+
+def test_undamped_grid_has_gaps():
+    """So that the test above checks minimum-norm solutions: some of its cases have the gap."""
+    gaps = 0
+    for case in GRID[::7]:
+        size = torch.linalg.eigvalsh(dense_hessian(case)).abs()
+        size = size / size.max()
+        gaps += not ((size > 1e-12) & (size < 1e-5)).any()
+    assert gaps >= 4
+
+
+def test_damping_for_each_layer():
+    case = Case((6, 4, 7), 3)
+    model, loss = tracked_loss(case)
+    epsilons = [0.5, 0.01, 2.0, -0.3]
+    diagonal = torch.cat(
+        [
+            torch.full((sum(p.numel() for p in m.parameters()),), e, dtype=torch.float64)
+            for m, e in zip(model.layers, epsilons, strict=True)
+        ]
+    )
+    A, v = dense_hessian(case) + torch.diag(diagonal), random_vector(num_parameters(model))
+    for route in ("sweep", "dense"):
+        f = factorize_hessian(model, loss, epsilons, route=route)
+        assert relative(A @ f.solve(v) - v, v) <= 1e-12
+        assert f.num_negative_eigenvalues == (torch.linalg.eigvalsh(A) < 0).sum()
+        assert f.damping == tuple(epsilons)
+
+
+@pytest.mark.parametrize("batch", [2, 3, 30])
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+def test_many_class_pivot(batch, loss):
+    """The structured last pivot against the dense oracle: below and above the width, both signs of damping."""
+    for hidden in ((), (6, 4)):
+        case = Case(hidden, batch, loss=loss, classes=9, soft=batch == 3)
+        model, tracked = tracked_loss(case)
+        layers = hessian._checked_derivatives(model, tracked)
+        v = random_vector(num_parameters(model), 3)
+        for damping in (1.0, 1e-2, 1e-4, -0.003):
+            A = dense_hessian(case) + damping * torch.eye(len(v), dtype=torch.float64)
+            pivots, negative, logabsdet = hessian._sweep(layers, [damping] * len(layers), True)
+            assert isinstance(pivots[-1].solver, hessian.ManyClassPivot)
+            x = hessian._sweep_solve(layers, pivots, v)
+            x = x + hessian._sweep_solve(layers, pivots, v - A @ x)
+            assert relative(A @ x - v, v) <= max(10 * dense_residual(A, v), 1e-13)
+            eigenvalues = torch.linalg.eigvalsh(A)
+            assert negative == (eigenvalues < 0).sum()
+            assert logabsdet == pytest.approx(eigenvalues.abs().log().sum().item(), rel=1e-9)
+
+
+def test_symmetric_factor():
+    """G = F Σ Fᵀ with interchanges and 2 × 2 pivots, against eigenvalues; an exactly singular G gives None."""
+    for m in (1, 2, 3, 17, 64, 129):
+        M = random_vector(m, m, seed=m)
+        for G in (M + M.T, M @ M.T, -(M @ M.T), torch.block_diag(M @ M.T, -M - M.T)):
+            factor = factor_symmetric(G)
+            white = factor.whiten(torch.eye(len(G), dtype=G.dtype))  # F⁻¹
+            rebuilt = white @ G @ white.mT - torch.diag(torch.ones(len(G)) if factor.signs is None else factor.signs)
+            inverse = factor.unwhiten(factor.sign(white))
+            eigenvalues = torch.linalg.eigvalsh(G)
+            condition = (eigenvalues.abs().max() / eigenvalues.abs().min()).item()
+            assert rebuilt.abs().max() <= 1e-14 * condition * m
+            assert relative(G @ inverse - torch.eye(len(G), dtype=G.dtype), G) <= 1e-13 * condition
+            assert factor.num_negative() == (eigenvalues < 0).sum()
+            assert factor.logabsdet().item() == pytest.approx(
+                eigenvalues.abs().log().sum().item(), abs=1e-13 * condition
+            )
+    swap = torch.tensor([[0.0, 2.0], [2.0, 0.0]], dtype=torch.float64)  # no 1 × 1 pivot exists
+    assert len(factor_symmetric(swap).pairs) == 1
+    assert factor_symmetric(torch.zeros(3, 3, dtype=torch.float64)) is None
+    assert factor_symmetric(torch.full((3, 3), math.nan, dtype=torch.float64)) is None
+
+
+def test_matches_central_differences_of_the_loss():
+    """An oracle without any automatic differentiation: ⟨v, H v⟩ by differences of the loss."""
+    model, x, y = Case((6, 4, 7), 15, residual=True).build()
+    f, theta = flat_function(model, x, y)
+    v = random_vector(len(theta)) / len(theta) ** 0.5
+    h = 5e-3
+    points = [f(theta + k * h * v).item() for k in (-2, -1, 0, 1, 2)]
+    second = (-points[0] + 16 * points[1] - 30 * points[2] + 16 * points[3] - points[4]) / (12 * h * h)
+    loss = model(x, y, track_activations=True)
+    assert (v @ hessian_vector_product(model, loss, v)).item() == pytest.approx(second, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- the interface
+
+
+def test_float32_models_and_vectors():
+    """The same answers, to float32 rounding of the result; the certificate is of the float64 solution."""
+    case = Case((6, 4, 7), 3)
+    model, x, y = case.build()
+    v = random_vector(num_parameters(model)).float()
+    small = copy.deepcopy(model).float()
+    loss = small(x.float(), y, track_activations=True)
+    step = hessian_inverse_vector_product(small, loss, v, 0.1)
+    assert step.dtype == torch.float32
+    # the reference: the float32 parameters and inputs, in float64
+    large = copy.deepcopy(small).double()
+    reference = hessian_inverse_vector_product(
+        large, large(x.float().double(), y, track_activations=True), v.double(), 0.1
+    )
+    assert relative(step.double() - reference, reference) <= 1e-7
+    assert torch.equal(step, hessian_inverse_vector_product(small, loss, v.double(), 0.1).float())
+
+
+def test_many_right_hand_sides():
+    model, loss = tracked_loss(Case((6, 4, 7), 3))
+    f = factorize_hessian(model, loss, 0.1, route="sweep")
+    V = random_vector(f.num_parameters, 5)
+    V[:, 2] = 0
+    X = f.solve(V)
+    assert X.shape == V.shape and not X[:, 2].any()
+    for column in range(5):
+        assert relative(f.solve(V[:, column]) - X[:, column], X) <= 1e-12
+    assert f.residual(X, V).shape == (5,) and f.residual(X, V).max() <= 1e-12
+    assert f.residual(X[:, 0], V[:, 0]).shape == ()
+    assert (f.residual(torch.zeros_like(V), V) == torch.tensor([1.0, 1, 0, 1, 1])).all()
+    empty = f.solve(V[:, :0])
+    assert empty.shape == (f.num_parameters, 0)
+    assert not hessian_inverse_vector_product(model, loss, 0 * V[:, 0]).any()
+    assert relative(f.solve(V, rtol=None) - X, X) <= 1e-9
+
+
+def test_a_factorization_owns_what_it_needs():
+    """It answers for the parameters at factor time after they change, and can't be changed itself."""
+    for route in ("sweep", "dense"):
+        model, x, y = Case((6, 4, 7), 3).build()
+        loss = model(x, y, track_activations=True)
+        f = factorize_hessian(model, loss, 0.1, route=route)
+        v = random_vector(f.num_parameters)
+        before = f.solve(v)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(1)
+        x.add_(1)
+        model(x, y, track_activations=True)
+        assert torch.equal(f.solve(v), before)
+        with pytest.raises(AttributeError):
+            f.damping = 1.0
+
+
+def test_nothing_outside_is_touched():
+    model, x, y = Case((6, 4, 7), 3).build()
+    v = random_vector(num_parameters(model))
+    answers = []
+    for backward in (None, False, True):
+        model.zero_grad()
+        loss = model(x, y, track_activations=True)
+        if backward is not None:
+            loss.backward(create_graph=backward)
+        grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        state, dtype = torch.get_rng_state(), torch.get_default_dtype()
+        parameters = [p.detach().clone() for p in model.parameters()]
+        answers.append(hessian_inverse_vector_product(model, loss, v, 0.1))
+        if backward:
+            carrying = torch.cat([p.grad.flatten() for p in model.parameters()])
+            assert carrying.requires_grad
+            assert not hessian_inverse_vector_product(model, loss, carrying).requires_grad
+            model.zero_grad()  # create_graph=True makes parameters and .grad a reference cycle
+        else:
+            for p, old in zip(model.parameters(), grads, strict=True):
+                assert (p.grad is None and old is None) or torch.equal(p.grad, old)
+        assert torch.equal(state, torch.get_rng_state()) and dtype == torch.get_default_dtype()
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), parameters, strict=True))
+    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
+    alive = weakref.ref(loss)
+    del loss
+    gc.collect()
+    assert alive() is None, "the model keeps the graph of the loss alive"
+
+
+def test_default_dtype_and_threads_of_control_do_not_matter():
+    model, x, y = Case((6, 4), 3).build()
+    loss = model(x, y, track_activations=True)
+    v = random_vector(num_parameters(model))
+    expected = hessian_inverse_vector_product(model, loss, v, 0.1)
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            again = hessian_inverse_vector_product(model, loss, v, 0.1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again, expected)
+
+
+def test_routes_are_chosen_by_counted_operations():
+    """Few parameters and many samples: dense; few samples: sweep. The counts are those of torch's counter."""
+    for case, route in ((Case((6, 4, 7), 200), "dense"), (Case((16, 12, 14), 3, inputs=10), "sweep")):
+        model, loss = tracked_loss(case)
+        assert factorize_hessian(model, loss, 0.1).route == route
+        layers = hessian._checked_derivatives(model, loss)
+        estimate, _ = hessian._count_operations(layers)
+        for name in ("sweep", "dense"):
+            epsilons = (1e3,) * len(layers)  # positive definite: no failed Cholesky is counted
+            counted = counted_operations(lambda n=name, e=epsilons, x=layers: hessian._factorize(x, e, "hessian", n))
+            assert estimate[name] == pytest.approx(counted, rel=0.15), name
+
+
+def test_lapack_rates_are_not_the_only_count():
+    """An indefinite layer is factored by LDLᵀ, counted as m³/3 like Cholesky: one attempt and one LDLᵀ at most."""
+    model, loss = tracked_loss(Case((7,) * 7, 5, inputs=7))
+    f = factorize_hessian(model, loss, 1e-3, route="sweep")
+    assert not f.is_positive_definite
+    indefinite = counted_operations(lambda: factorize_hessian(model, loss, 1e-3, route="sweep"))
+    definite = counted_operations(lambda: factorize_hessian(model, loss, 1e6, route="sweep"))
+    m = 7 * 5
+    assert definite < indefinite <= definite + 8 * (m**3 // 3)
+
+
+def test_sequence_of_layer_derivatives():
+    model, x, y = Case((6, 4), 5, "sigmoid").build()
+    model(x, y, track_activations=True)
+    layers = compute_layer_derivatives(model)
+    assert len(layers) == 3
+    assert [tuple(layer.weight.shape) for layer in layers] == [(6, 5), (4, 6), (3, 4)]
+    assert all(layer.inputs.shape == (5, layer.weight.shape[1] + 1) for layer in layers)
+    assert not any(t.requires_grad for layer in layers for t in layer if isinstance(t, Tensor))
+    W, b = model.layers[0].weight, model.layers[0].bias
+    assert torch.allclose(layers[0].inputs @ torch.cat([W, b[:, None]], 1).T, x @ W.T + b)
+    g = gradient(model, model(x, y))  # λᵀz̃ is the gradient of a layer
+    blocks = [torch.cat([block[:, :-1].flatten(), block[:, -1]]) for block in (v.adjoint.T @ v.inputs for v in layers)]
+    assert torch.allclose(torch.cat(blocks), g, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_closed_form_derivatives(activation):
+    h = torch.cat([torch.linspace(-45, 45, 181), torch.linspace(-3, 3, 50)]).double().requires_grad_()
+    phi = ACTIVATIONS[activation]
+    (first,) = torch.autograd.grad(phi.value(h).sum(), h, create_graph=True)
+    assert (phi.first(h) - first).abs().max() <= 1e-14
+    second = torch.autograd.grad(first.sum(), h)[0] if first.requires_grad else torch.zeros_like(h)
+    assert (phi.second(h) - second).abs().max() <= 1e-14
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_initialization_keeps_signal_and_gradient(activation, residual, bias):
+    """The spread over the samples of z_ℓ and of β_ℓ stays within a factor of 100 from layer 1 to layer 40."""
+    for width, seed in ((64, 0), (64, 1), (32, 2), (128, 3)):
+        torch.manual_seed(seed)
+        model = DeepMLPWithTracking(20, width, 10, 40, activation, residual=residual, bias=bias).double()
+        z, states = torch.randn(64, 20, dtype=torch.float64), []
+        for index, linear in enumerate(model.layers[:-1]):
+            z = model.activate(index, linear(z), z)
+            z.retain_grad()
+            states.append(z)
+        nn.functional.cross_entropy(model.layers[-1](z), torch.randint(10, (64,))).backward()
+        for spread in ([z.std(0).norm().item() for z in states], [z.grad.std(0).norm().item() for z in states]):
+            assert max(spread) / min(spread) < 100, (width, seed)
+
+
+def test_copies_pickles_and_state_dicts():
+    model, x, y = Case((6, 4), 3).build()
+    loss = model(x, y, track_activations=True)
+    v = random_vector(num_parameters(model))
+    expected = hessian_inverse_vector_product(model, loss, v, 0.1)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = DeepMLPWithTracking(5, (6, 4), 3, 2).double()
+    loaded.load_state_dict(torch.load(buffer, weights_only=True))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
+        with pytest.raises(ValueError, match="no loss was tracked"):
+            hessian_inverse_vector_product(twin, loss, v, 0.1)
+        twin_loss = twin(x, y, track_activations=True)
+        assert torch.equal(hessian_inverse_vector_product(twin, twin_loss, v, 0.1), expected)
+    assert torch.equal(hessian_inverse_vector_product(model, loss, v, 0.1), expected)
+
+
+def test_untracked_calls_are_pure():
+    """torch.func transforms and torch.compile take the model; nothing is stored."""
+    model, x, y = Case((6, 6, 4), 3, residual=True).build()
+    logits = torch.func.vmap(lambda row: model(row[None])[0])(x)
+    assert torch.allclose(logits, model(x))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x, y), model(x, y))
+    assert model._tracked is None
+    images = torch.randn(4, 3, 32, 32)
+    assert DeepMLPWithTracking(3 * 32 * 32, 8, 10, 2)(images).shape == (4, 10)
+
+
+def test_promised_loop():
+    """The loop of the documentation, at its sizes, as written: three batches of N = 8, default float32 model."""
+    torch.manual_seed(0)
+    model = DeepMLPWithTracking(input_dim=784, hidden_dim=128, num_classes=10, num_hidden_layers=19, activation="tanh")
+    assert len(model.layers) == 20
+    dataloader = [(torch.randn(8, 1, 28, 28), torch.randint(10, (8,))) for _ in range(3)]
+    for x, y in dataloader:
+        model.zero_grad()
+        loss = model(x, y, track_activations=True)
+        loss.backward(create_graph=True)
+        grad = torch.cat([p.grad.flatten() for p in model.parameters()])
+        try:
+            step = hessian_inverse_vector_product(model, loss, grad)
+        except Exception as error:  # as users' code does
+            assert isinstance(error, SingularHessianError)
+            damping = float(str(error).split("damping=")[1].split(" ")[0])
+            step = hessian_inverse_vector_product(model, loss, grad, damping=damping)
+        else:
+            damping = 0.0
+        assert step.shape == grad.shape and not step.requires_grad
+        back = hessian_vector_product(model, loss, step.double()) + damping * step.double()
+        # the step was rounded to float32 after its certificate: ‖H‖‖x‖ 6e-8 / ‖v‖
+        assert relative(back - grad.detach().double(), grad) <= 1e-7 * 300 * (step.norm() / grad.detach().norm()).item()
+
+
+# ------------------------------------------------------------------------------------------------ wrong input
+
+
+def raises(kind, match, function, *args, **kwargs):
+    with pytest.raises(kind, match=match):
+        function(*args, **kwargs)
+
+
+def test_wrong_constructor_arguments():
+    raises(ValueError, "unknown activation 'elu'", DeepMLPWithTracking, 3, 4, 2, 1, "elu")
+    raises(ValueError, "unknown loss", DeepMLPWithTracking, 3, 4, 2, 1, loss="hinge")
+    raises(ValueError, "2 widths for num_hidden_layers=3", DeepMLPWithTracking, 3, (4, 5), 2, 3)
+    raises(ValueError, "integers ≥ 1", DeepMLPWithTracking, 3, (4, 0), 2, 2)
+    raises(ValueError, "integers ≥ 1", DeepMLPWithTracking, 3, 4.0, 2, 2)
+    raises(ValueError, "num_hidden_layers", DeepMLPWithTracking, 3, 4, 2, -1)
+
+
+def test_wrong_batches():
+    model, x, y = Case((6, 4), 3).build()
+    raises(ValueError, "5 numbers a sample", model, x[:, :4])
+    raises(TypeError, "x is torch.int64 and the model torch.float64", model, x.long())
+    raises(TypeError, "convert one of them", model, x.float())
+    raises(ValueError, "needs targets", model, x, track_activations=True)
+    raises(ValueError, "int64 of shape", model, x, y[:, None])
+    raises(ValueError, "int64 of shape", model, x, y.int())
+    raises(ValueError, "0 … 2", model, x, torch.tensor([0, 1, 3]), track_activations=True)
+    raises(ValueError, "0 … 2", model, x, torch.tensor([0, 1, -100]), track_activations=True)
+    raises(IndexError, "-100", model, x, torch.tensor([0, 1, -100]))
+    raises(ValueError, "off by 2", model, x, torch.ones(3, 3).double(), track_activations=True)
+    raises(ValueError, "≥ 0", model, x, torch.tensor([[2.0, -1, 0]] * 3).double(), track_activations=True)
+    raises(ValueError, "is empty", model, x[:0], y[:0], track_activations=True)
+    mse, x, targets = Case((6, 4), 3, loss="mse").build()
+    raises(ValueError, "targets must be", mse, x, targets[:, :1])
+    raises(ValueError, "targets must be", mse, x, targets.float())
+
+
+def test_wrong_losses():
+    model, x, y = Case((6, 4), 3).build()
+    v = random_vector(num_parameters(model))
+    raises(ValueError, "no loss was tracked", hessian_vector_product, model, model(x, y), v)
+    first = model(x, y, track_activations=True)
+    penalized = first + 0.5 * sum((p**2).sum() for p in model.parameters())
+    raises(ValueError, r"damping \+ w", hessian_vector_product, model, penalized, v)
+    second = model(x + 1, y, track_activations=True)
+    raises(ValueError, "tracked last", hessian_vector_product, model, first, v)
+    raises(ValueError, "tracked last", hessian_vector_product, model, model(x, y), v)
+    hessian_vector_product(model, second, v)
+    model.layers[1].weight.data[0, 0] += 1e-9  # .data leaves no trace in the version counter
+    raises(ValueError, "parameters changed", hessian_vector_product, model, second, v)
+    model.layers[1].weight.requires_grad_(False)
+    raises(ValueError, "frozen", hessian_vector_product, model, model(x, y, track_activations=True), v)
+    model.layers[1].weight.requires_grad_(True)
+    model.extra = nn.Parameter(torch.zeros(2))
+    raises(ValueError, "outside `model.layers`", hessian_vector_product, model, model(x, y, track_activations=True), v)
+    del model.extra
+    infinite = model(x * math.inf, y, track_activations=True)
+    raises(ValueError, "the loss is nan", hessian_vector_product, model, infinite, v)
+    raises(TypeError, "DeepMLPWithTracking", hessian_vector_product, nn.Linear(5, 3), infinite, v)
+
+
+def test_wrong_vectors_and_options():
+    model, loss = tracked_loss(Case((6, 4), 3))
+    v = random_vector(num_parameters(model))
+    f = factorize_hessian(model, loss, 0.1)
+    for function in (f.solve, functools.partial(hessian_vector_product, model, loss)):
+        raises(ValueError, f"shape \\({len(v)},\\)", function, v[:-1])
+        raises(ValueError, f"shape \\({len(v)},\\)", function, v[:, None, None])
+        raises(TypeError, "float32 or float64", function, v.half())
+        raises(TypeError, "float32 or float64", function, [1.0])
+        raises(ValueError, "NaN", function, v * math.nan)
+        raises(ValueError, "on meta", function, v.to("meta"))
+    raises(ValueError, "rtol", f.solve, v, rtol=0.0)
+    raises(ValueError, "one shape", f.residual, v, v[:, None])
+    raises(ValueError, "finite", factorize_hessian, model, loss, math.nan)
+    raises(ValueError, "3 layers", factorize_hessian, model, loss, [0.1, 0.2])
+    raises(ValueError, "curvature", factorize_hessian, model, loss, 0.1, curvature="fisher")
+    raises(ValueError, "route", factorize_hessian, model, loss, 0.1, route="gram")
+    raises(ValueError, "rtol", hessian_inverse_vector_product, model, loss, v, rtol=None)
+
+
+def test_singular_systems_raise():
+    """Never a vector of size 1e10: the pivot's layer, or the residual and what would do."""
+    case = Case((6, 4, 7), 3)
+    model, loss = tracked_loss(case)
+    with pytest.raises(SingularHessianError, match="layer 4") as caught:
+        factorize_hessian(model, loss, 0.0, route="sweep")
+    assert caught.value.layer == 4 and caught.value.damping == 0.0
+    assert isinstance(caught.value, torch.linalg.LinAlgError)
+    # ε is the negative of an eigenvalue, to rounding: singular for float64
+    eigenvalues, vectors = torch.linalg.eigh(dense_hessian(case))
+    for route in ("sweep", "dense"):
+        f = factorize_hessian(model, loss, -eigenvalues[-1].item(), route=route)
+        with pytest.raises(SingularHessianError, match="damping=") as caught:
+            f.solve(vectors[:, -1])
+        assert caught.value.residual > 1e-8
+    # what float64 can't reach names an rtol that does
+    f = factorize_hessian(model, loss, 1e-4, route="sweep")
+    v = random_vector(len(eigenvalues))
+    with pytest.raises(SingularHessianError, match="rtol=") as caught:
+        f.solve(v, rtol=1e-17)
+    accepted = float(str(caught.value).rsplit("rtol=", 1)[1].split(" ")[0])
+    assert f.residual(f.solve(v, rtol=accepted), v) <= accepted <= 1e-9
+    # all units dead: the Hessian is zero but for the last layer's, and v is not in its range
+    relu = DeepMLPWithTracking(3, 4, 2, 1, "relu", loss="mse").double()
+    with torch.no_grad():
+        for p in relu.parameters():
+            p.fill_(-1)
+    dead = relu(torch.ones(2, 3).double(), torch.zeros(2, 2).double(), track_activations=True)
+    with pytest.raises(SingularHessianError, match="outside the range"):
+        hessian_inverse_vector_product(relu, dead, random_vector(num_parameters(relu)))
+
+
+def test_refinement_is_needed_and_certified():
+    """Few samples, small damping: a direct sweep loses its digits (design: 1/ε pivots); the certified solve has them."""
+    case = Case((16, 12, 14), 3, inputs=10)
+    model, loss = tracked_loss(case)
+    v = random_vector(num_parameters(model))
+    for damping in (1e-4, 1e-6):
+        f = factorize_hessian(model, loss, damping, route="sweep")
+        direct, certified = f.residual(f.solve(v, rtol=None), v), f.residual(f.solve(v), v)
+        A = dense_hessian(case) + damping * torch.eye(len(v), dtype=torch.float64)
+        assert direct > 1000 * certified
+        assert certified <= max(10 * dense_residual(A, v), 1e-13)
+
+
+# --------------------------------------------------------------------------------------- size, documents, types
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["wide input", "many classes"])
+def test_imagenet_shapes(shape):
+    """150,528 inputs, width 64, 4 layers, N = 8; and 1,000 classes, width 64, N = 32: residual below 1e-8, under 5 GB."""
+    sizes = "150528, 64, 10, 3" if shape == "wide input" else "64, 64, 1000, 3"
+    batch = 8 if shape == "wide input" else 32
+    code = f"""
+import resource, sys, torch
+from hessian import *
+torch.manual_seed(0)
+model = DeepMLPWithTracking({sizes})
+x, y = torch.randn({batch}, model.input_dim), torch.randint(model.num_classes, ({batch},))
+loss = model(x, y, track_activations=True)
+v = torch.randn(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+f = factorize_hessian(model, loss, 0.05)
+print(f.route, f.residual(f.solve(v), v).item(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, check=True, text=True)
+    route, residual, peak = done.stdout.split()
+    assert route == "sweep" and float(residual) < 1e-8
+    assert int(peak) * (1 if sys.platform == "darwin" else 1024) < 5e9
+
+
+def code_blocks(name: str) -> list[str]:
+    return [part.split("```")[0] for part in (HERE / name).read_text().split("```python\n")[1:]]
+
+
+@pytest.mark.parametrize("document", ["README.md", "USAGE.md"])
+def test_documented_code_runs(document):
+    """The Python blocks of a document run from top to bottom, in one namespace; what they assert holds."""
+    blocks = code_blocks(document)
+    assert blocks
+    namespace: dict = {}
+    for block in blocks:
+        exec(compile(block, document, "exec"), namespace)
+
+
+def test_public_names_are_documented():
+    for name in hessian.__all__:
+        item = getattr(hessian, name)
+        assert name in (HERE / "USAGE.md").read_text() or name in (HERE / "README.md").read_text(), name
+        assert not callable(item) or item.__doc__, name
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__, "-v", *sys.argv[1:]]))
