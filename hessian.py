@@ -59,19 +59,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from activations import ACTIVATIONS, Activation, initialize
 from linear_algebra import (
+    NULL,
     UNIT_ROUNDOFF,
     UPDATE_BLOCK,
+    MinimumNorm,
     SymmetricFactor,
     column_norms,
     factor_symmetric,
+    minimum_norm,
     mirror,
     refine,
+    spectral_norm,
     subtract_gram,
 )
 from many_classes import ManyClassPivot
@@ -90,7 +94,6 @@ __all__ = [
     "hessian_vector_product",
 ]
 
-_UNDAMPED_SHIFTS = (1e-7, 1e-8)  # relative to ‖H‖; the larger resolves fewer eigenvalues, and loses fewer digits
 _CHUNK_BYTES = 2**28  # temporaries of the dense Hessian are formed in chunks of this
 
 
@@ -107,57 +110,6 @@ class SingularHessianError(torch.linalg.LinAlgError):
 
 
 # ------------------------------------------------------------------------------------------------ the network
-
-
-class Activation(NamedTuple):
-    """An elementwise φ with its closed-form derivatives; each maps a tensor of h to one of the same shape."""
-
-    value: Callable[[Tensor], Tensor]
-    first: Callable[[Tensor], Tensor]
-    second: Callable[[Tensor], Tensor]
-
-
-def _sigmoid_second(h: Tensor) -> Tensor:
-    s = torch.sigmoid(h)
-    return s * (1 - s) * (1 - 2 * s)
-
-
-def _sigmoid_first(h: Tensor) -> Tensor:
-    s = torch.sigmoid(h)
-    return s * (1 - s)
-
-
-def _tanh_first(h: Tensor) -> Tensor:
-    return 1 - torch.tanh(h) ** 2
-
-
-def _gaussian(h: Tensor) -> Tensor:
-    return torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)
-
-
-def _silu_first(h: Tensor) -> Tensor:
-    s = torch.sigmoid(h)
-    return s * (1 + h * (1 - s))
-
-
-def _silu_second(h: Tensor) -> Tensor:
-    s = torch.sigmoid(h)
-    return s * (1 - s) * (2 + h * (1 - 2 * s))
-
-
-ACTIVATIONS: dict[str, Activation] = {
-    "tanh": Activation(torch.tanh, _tanh_first, lambda h: -2 * torch.tanh(h) * _tanh_first(h)),
-    "sigmoid": Activation(torch.sigmoid, _sigmoid_first, _sigmoid_second),
-    # beyond a threshold of 40 (default: 20, an error of 2e-9) softplus(h) = h to double precision
-    "softplus": Activation(lambda h: F.softplus(h, threshold=40.0), torch.sigmoid, _sigmoid_first),
-    "gelu": Activation(
-        F.gelu,
-        lambda h: 0.5 * torch.erfc(-h / math.sqrt(2)) + h * _gaussian(h),
-        lambda h: (2 - h * h) * _gaussian(h),
-    ),
-    "silu": Activation(F.silu, _silu_first, _silu_second),
-    "relu": Activation(torch.relu, lambda h: (h > 0).to(h.dtype), torch.zeros_like),
-}
 
 
 class _Tracked(NamedTuple):
@@ -182,9 +134,8 @@ class DeepMLPWithTracking(nn.Module):
     `model(x, y, track_activations=True)` the same loss, tracked: inputs and targets are copied and checked.
     Untracked, nothing is stored and no branch depends on the data (`torch.func` and `torch.compile` work).
 
-    Initialization: each layer's gain undoes the mean-square slope of the activation before it, rows of W that sum to zero
-    keep that activation's mean out, and a branch beside a skip is scaled by 1/√(number of skips), so that
-    differences between samples survive forward and gradients backward. Inputs of about unit variance are assumed.
+    Initialized so that differences between samples survive forward, and gradients backward, at any depth (see
+    `activations.initialize`), for inputs of about unit variance.
     """
 
     def __init__(
@@ -223,44 +174,9 @@ class DeepMLPWithTracking(nn.Module):
         self._tracked: _Tracked | None = None
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the weights anew (see the class docstring), from torch's global generator."""
-        phi, depth = ACTIVATIONS[self.activation], len(self.skips) - sum(self.skips)
-        nodes, weights = (torch.from_numpy(x) for x in np.polynomial.hermite_e.hermegauss(100))
-
-        def gaussian_mean(f: Callable[[Tensor], Tensor], variance: float) -> float:
-            return (f(nodes * math.sqrt(variance)) @ weights).item() / math.sqrt(2 * math.pi)
-
-        # a centred relu would shrink with depth: its mean stays in. tanh has none
-        centre = self.activation != "relu" and abs(gaussian_mean(phi.value, 1.0)) > 1e-9
-
-        def spread(variance: float) -> float:
-            mean = gaussian_mean(phi.value, variance) if centre else 0.0
-            return gaussian_mean(lambda h: (phi.value(h) - mean) ** 2, variance)
-
-        def slope(variance: float) -> float:
-            return gaussian_mean(lambda h: phi.first(h) ** 2, variance)
-
-        # where spread(q)/q grows with q, a sample of larger norm is amplified at every layer: start small enough
-        variance = 1.0  # of h over units and samples
-        while depth * math.log(spread(1.1 * variance) / spread(variance) / 1.1) > 0.5 * math.log(1.1):
-            variance /= 1.5
-        gain, variance = math.sqrt(variance), 1.0  # of the next layer's weights; of its inputs
-        branch_gain = (slope(1.0) * max(sum(self.skips), 1)) ** -0.5
-        for index, (linear, skip) in enumerate(zip(self.layers, self.skips, strict=True)):
-            fan_out, fan_in = linear.weight.shape
-            gain = branch_gain if skip else gain
-            if fan_in == fan_out:
-                nn.init.orthogonal_(linear.weight, gain)  # fluctuates less with depth than independent weights
-            else:
-                nn.init.normal_(linear.weight, 0.0, gain / math.sqrt(fan_in))
-            if index and centre and fan_in > 2:
-                linear.weight.sub_(linear.weight.mean(1, keepdim=True)).mul_(math.sqrt(fan_in / (fan_in - 1)))
-            if linear.bias is not None:
-                linear.bias.zero_()
-            h_variance = gain**2 * variance
-            variance, gain = skip * variance + spread(h_variance), 1.0 if skip else slope(h_variance) ** -0.5
+        initialize(self.layers, self.skips, self.activation)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, loss={self.loss!r}, skips={int(sum(self.skips))}"
@@ -479,7 +395,8 @@ def _forward_tangent(layers: Sequence[LayerDerivatives], X: Sequence[Tensor]) ->
 def _product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
     """H v for v (P, k): the forward tangent, then the derivative of the backward pass along it.
 
-    δλ_L = Λ s_L,  δβ_{ℓ-1} = δλ_ℓ W + λ X[:, :-1] + σ δβ_ℓ,  δλ_ℓ = φ′ δβ_ℓ + β φ″ s_ℓ;  (H X)_ℓ = δλᵀ z̃ + λᵀ [t_{ℓ-1}, 0]
+    δλ_L = Λ s_L,  δβ_{ℓ-1} = δλ_ℓ W + λ X[:, :-1] + σ δβ_ℓ,  δλ_ℓ = φ′ δβ_ℓ + β φ″ s_ℓ
+    (H X)_ℓ = δλᵀ z̃ + λᵀ [t_{ℓ-1}, 0]
     """
     X = _blocks(layers, v)
     tangents = list(_forward_tangent(layers, X))
@@ -795,31 +712,27 @@ class HessianFactorization:
     def solve(self, v: Tensor, *, rtol: float | None = 1e-8) -> Tensor:
         """x with (H + εI) x = v, for v of shape (P,) or (P, k), float32 or float64; x has v's dtype, no graph.
 
-        Refined until the residual stops falling; each column then has ‖(H + εI)x − v‖ ≤ rtol ‖v‖, computed in float64
-        by an exact product before x is rounded to v's dtype, or SingularHessianError is raised, with the residual
-        reached and an `rtol` and, where one is found in a few trials, a damping that will do. rtol=None: one direct sweep,
-        no product, nothing checked. Cost: O(Σ m² + m n′) a column and a sweep, two sweeps as a rule.
+        Refined until the residual stops falling. Each column then has ‖(H + εI)x − v‖ ≤ rtol ‖v‖, by an exact
+        product in float64, before x is rounded to v's dtype; or SingularHessianError is raised, with the residual
+        reached, and an rtol and (where two trials find one) a damping that will do. rtol=None: one direct sweep, no
+        product, nothing checked. Cost: O(Σ m² + m n′) a column and a sweep, two or three sweeps as a rule.
         """
         columns = _checked_vector(v, self.num_parameters, self._layers[0].weight.device)
         if rtol is None:
-            x = self._direct(columns)
-        else:
-            refined = refine(self._product, self._direct, columns, _checked_rtol(rtol))
-            if not bool((refined.residual <= rtol).all()):
-                worst = float(refined.residual.max())
-                norm = _spectral_norm(self._layers, columns) + max(map(abs, self._epsilons))
-                reach = (
-                    UNIT_ROUNDOFF * norm * float((column_norms(refined.x) / column_norms(columns)).nan_to_num().max())
-                )
-                raise SingularHessianError(
-                    f"(H + damping·I)x = v was solved to a relative residual of {worst:.1e}, not to rtol={rtol:g}, at "
-                    f"damping={self.damping}; float64 can't be expected below {reach:.0e}. "
-                    + _remedy(worst, *self._larger_damping(columns, rtol)),
-                    damping=self.damping,
-                    residual=worst,
-                )
-            x = refined.x
-        return x.reshape(v.shape).to(v.dtype)
+            return self._direct(columns).reshape(v.shape).to(v.dtype)
+        x, residual = refine(self._product, self._direct, columns, _checked_rtol(rtol))
+        if bool((residual <= rtol).all()):
+            return x.reshape(v.shape).to(v.dtype)
+        worst, column = residual.max(0)
+        growth = float(column_norms(x)[column] / column_norms(columns)[column])
+        reach = UNIT_ROUNDOFF * spectral_norm(self._product, columns) * growth
+        raise SingularHessianError(
+            f"(H + damping·I)x = v was solved to a relative residual of {worst:.1e}, not to rtol={rtol:g}, at damping="
+            f"{self.damping}; float64 can't be expected below {reach:.0e}. "
+            + self._advice(float(worst), columns, rtol, (10, 1000)),
+            damping=self.damping,
+            residual=float(worst),
+        )
 
     def residual(self, x: Tensor, v: Tensor) -> Tensor:
         """‖(H + εI)x − v‖/‖v‖ in float64, () for x and v of shape (P,), (k,) for (P, k); ‖x‖-free, 0 for x = v = 0."""
@@ -839,23 +752,16 @@ class HessianFactorization:
     def _product(self, v: Tensor) -> Tensor:
         return _product(self._layers, v) + _damping_vector(self._layers, self._epsilons) * v
 
-    def _larger_damping(self, v: Tensor, rtol: float) -> tuple[float | tuple[float, ...] | None, float]:
-        """A larger damping at which v is solved to rtol, and the residual there; (None, inf) if two trials find none."""
-        for factor in (10.0, 1000.0):
-            epsilons = tuple(factor * epsilon for epsilon in self._epsilons)
-            found = _factorize(self._layers, epsilons, self.curvature, self.route)
-            refined = refine(found._product, found._direct, v, rtol)
-            if bool((refined.residual <= rtol).all()):
-                return found.damping, float(refined.residual.max())
-        return None, math.inf
-
-
-def _remedy(residual: float, damping: float | tuple[float, ...] | None, damped_residual: float) -> str:
-    if damping is None:
+    def _advice(self, worst: float, v: Tensor, rtol: float, factors: Sequence[float]) -> str:
+        """What would do in place of a failed solve of v: a larger damping, tried here, or a larger rtol."""
         advice = "Pass a larger damping"
-    else:
-        advice = f"Pass damping={damping} (tried: it reaches {damped_residual:.0e})"
-    return advice + (f", or rtol={1.1 * residual:.1e} to accept this answer" if residual < 0.5 else "")
+        for factor in factors:
+            larger = _factorize(self._layers, tuple(factor * e for e in self._epsilons), self.curvature, self.route)
+            residual = refine(larger._product, larger._direct, v, rtol).residual
+            if bool((residual <= rtol).all()):
+                advice = f"Pass damping={larger.damping} (tried: it reaches {residual.max():.0e})"
+                break
+        return advice + (f", or rtol={1.1 * worst:.1e} to accept this answer" if worst < 0.5 else "")
 
 
 def _checked_rtol(rtol: float) -> float:
@@ -914,8 +820,8 @@ def factorize_hessian(
     fewer counted operations; `.route` tells which.
 
     Cost: Σ m³/3 + m²n′ + m n′² multiply-adds and Σ m² + m n′ numbers over the layers, m = a·min(N, d), n′ = N a′.
-    Raises ValueError or TypeError for a loss or a damping that doesn't fit, SingularHessianError for a pivot that is exactly
-    singular. Not checked: a pivot that is merely small; `.solve` checks its answer.
+    Raises ValueError or TypeError for a loss or a damping that doesn't fit, SingularHessianError for an exactly
+    singular pivot. Not checked: a pivot that is merely small; `.solve` checks its answer.
     """
     layers = _checked_derivatives(model, loss)
     epsilons = _checked_damping(damping, len(layers))
@@ -944,74 +850,39 @@ def hessian_inverse_vector_product(
 ) -> Tensor:
     """x with (H + damping·I) x = v to a relative residual of `rtol`: factor and solve. v and x as in `.solve`.
 
-    damping = 0 gives the minimum-norm x with H x = v. H is singular for cross-entropy, so that such an x exists only for
-    v in the range of H, as a gradient is; a float32 gradient is so only to its rounding, 6e-8 (use model.double(), or
-    rtol=1e-6). Solved by a factorization at a small shift, refined on H itself. SingularHessianError where v is
-    not in the range, or where the residual can't be reached in float64; the message names a damping that works.
+    damping = 0 gives the minimum-norm x with H x = v. H is singular for cross-entropy: such an x exists only for a v in
+    the range of H, as a gradient is (a float32 gradient only to its rounding, 6e-8: use model.double(), or rtol=1e-6).
+    Solved by a factorization at a small shift, refined on H itself. SingularHessianError where v is not in the
+    range, or where the residual can't be reached in float64; the message names a damping that works.
     """
     if any(_checked_damping(damping, len(model.layers))):
         return factorize_hessian(model, loss, damping).solve(v, rtol=rtol)
     layers = _checked_derivatives(model, loss)
     num_parameters = sum(p.numel() for p in model.parameters())
     columns = _checked_vector(v, num_parameters, layers[0].weight.device)
-    return _solve_undamped(layers, columns, _checked_rtol(rtol), v.dtype).reshape(v.shape).to(v.dtype)
+    found = minimum_norm(
+        lambda y: _product(layers, y),
+        lambda shift: _factorize(layers, (shift,) * len(layers), "hessian", "auto"),
+        columns,
+        _checked_rtol(rtol),
+    )
+    if not bool((found.residual <= rtol).all()):
+        raise _undamped_error(found, columns, rtol, v.dtype)
+    return found.x.reshape(v.shape).to(v.dtype)
 
 
-def _solve_undamped(layers: tuple[LayerDerivatives, ...], v: Tensor, rtol: float, dtype: torch.dtype) -> Tensor:
-    """The minimum-norm x with H x = v, for v (P, k).
-
-    Outer: GCR on H, preconditioned by (H + δI)⁻¹ with a small shift δ, which leaves the range of H invariant. Inner: each
-    of these solves is itself refined on H + δI, since rounding in the null space, which H can't see, is amplified
-    by 1/δ; and the outer iteration stops short of the rounding level, where a residual is null-space noise.
-    """
-    norm, tried = _spectral_norm(layers, v), []
-    for shift in _UNDAMPED_SHIFTS:
-        shifted = _factorize(layers, (shift * norm,) * len(layers), "hessian", "auto")
-
-        def precondition(r: Tensor, shifted: HessianFactorization = shifted) -> Tensor:
-            return refine(shifted._product, shifted._direct, r, rtol).x
-
-        refined = refine(lambda y: _product(layers, y), precondition, v, rtol, target=0.01 * rtol, null=1e-12 * norm)
-        if bool((refined.residual <= rtol).all()):
-            return refined.x
-        worst, column = refined.residual.max(0)
-        r = v[:, column, None] - _product(layers, refined.x[:, column, None])
-        for _ in range(2):  # leaves what lies where |μ| ≲ δ
-            r = shift * norm * precondition(r)
-        curvature = float(column_norms(_product(layers, r)) / column_norms(r)) / norm
-        tried.append((float(worst), curvature, refined, shifted))
-        if curvature < 1e-12:
-            break
-    worst, curvature, refined, shifted = min(tried, key=lambda entry: entry[0])
-    if curvature < 1e-12:
+def _undamped_error(found: MinimumNorm, v: Tensor, rtol: float, dtype: torch.dtype) -> SingularHessianError:
+    worst = float(found.residual.max())
+    if found.curvature < NULL:
         why = f"v is outside the range of H by {worst:.1e} of its norm, so that no x solves H x = v"
         if dtype == torch.float32 and worst < 1e-6:
             why += " (a float32 v is known to 6e-8 of its norm only: compute it in float64, from model.double())"
     else:
         why = (
-            f"what is left of v, {worst:.1e} of its norm, lies where the eigenvalues of H, about {curvature:.0e} of "
-            "its norm, are too near 0 for float64"
+            f"what is left of v, {worst:.1e} of its norm, lies where the eigenvalues of H, about {found.curvature:.0e} "
+            "of its norm, are too near 0 for float64"
         )
-    damped = refine(shifted._product, shifted._direct, v, rtol)
-    if bool((damped.residual <= rtol).all()):
-        damping, damped_residual = shifted.damping, float(damped.residual.max())
-    else:
-        damping, damped_residual = shifted._larger_damping(v, rtol)
-    raise SingularHessianError(
-        f"H x = v, undamped, was not solved to rtol={rtol:g}: {why}. " + _remedy(worst, damping, damped_residual),
-        damping=0.0,
-        residual=worst,
+    advice = found.shifted._advice(worst, v, rtol, (1, 100, 1e4))
+    return SingularHessianError(
+        f"H x = v, undamped, was not solved to rtol={rtol:g}: {why}. {advice}", damping=0.0, residual=worst
     )
-
-
-def _spectral_norm(layers: Sequence[LayerDerivatives], like: Tensor) -> float:
-    """‖H‖ from below, by power iteration from a fixed start; right to a few percent, which a shift does not need."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(len(like), 1, generator=generator, dtype=torch.float64).to(like.device)
-    norm = column_norms(x)
-    for _ in range(20):
-        x = _product(layers, x / norm)
-        norm = column_norms(x)
-    if not float(norm) > 0:
-        raise SingularHessianError("H is zero at this batch: pass a damping", damping=0.0)
-    return float(norm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 
 UNIT_ROUNDOFF = 2.0**-53
 UPDATE_BLOCK = 512  # symmetric updates are done by rows of blocks of this size, the lower half only
+NULL = 1e-12  # relative to ‖A‖: what `minimum_norm` takes for the null space
 _MAX_REFINEMENTS = 40
 _PATIENCE = 5  # refinement above rtol goes on while the residual halves in this many steps
 _MAX_DIRECTIONS = 20  # GCR combines a correction with at most so many earlier ones
+_SHIFTS = (1e-7, 1e-8)  # relative to ‖A‖; the larger resolves fewer eigenvalues, and loses fewer digits
 
 
 class SymmetricFactor(NamedTuple):
@@ -148,7 +150,7 @@ def refine(
     target: float = 0.0,
     null: float = 0.0,
 ) -> Refined:
-    """Refine `precondition`(v) towards A x = v, all columns at once, until the residual stops falling or is at `target`.
+    """Refine `precondition`(v) towards A x = v, all columns at once, until the residual stops falling or is `target`.
 
     GCR: each correction is scaled, and combined with the earlier ones, so that the residual is as small as can be. With
     a good factorization a step is one of iterative refinement; where refinement would contract slowly or diverge, it
@@ -190,3 +192,59 @@ def refine(
             break
         directions = [*directions, (z, w)][-_MAX_DIRECTIONS:] if bool(better.any()) else []
     return Refined(x, residual)
+
+
+def spectral_norm(product: Callable[[Tensor], Tensor], like: Tensor) -> float:
+    """‖A‖ from below, by power iteration from a fixed start; good to a few percent."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(len(like), 1, generator=generator, dtype=torch.float64).to(like.device)
+    for _ in range(20):
+        x = product(x / column_norms(x))
+    return float(column_norms(x).nan_to_num())  # NaN for A = 0
+
+
+class Shifted(Protocol):
+    """A + δI, factored: an exact product, and an approximate inverse."""
+
+    def _product(self, v: Tensor) -> Tensor: ...
+
+    def _direct(self, v: Tensor) -> Tensor: ...
+
+
+class MinimumNorm(NamedTuple):
+    x: Tensor  # (P, k)
+    residual: Tensor  # (k,) relative
+    curvature: float  # ‖A r‖/(‖A‖ ‖r‖), r what is left of the worst column where |μ| ≲ δ; below NULL: no x exists
+    shifted: Shifted | None  # A + δI as used; None for v = 0
+
+
+def minimum_norm(
+    product: Callable[[Tensor], Tensor], factor_shifted: Callable[[float], Shifted], v: Tensor, rtol: float
+) -> MinimumNorm:
+    """The minimum-norm x with A x = v for a singular symmetric A, v (P, k) in its range; see `residual` for success.
+
+    Outer: GCR on A, preconditioned by (A + δI)⁻¹ with a small shift δ, which leaves the range of A invariant. Inner:
+    each of these solves is itself refined on A + δI, since rounding in the null space, which A can't see, is
+    amplified by 1/δ; and the outer iteration stops short of the rounding level, where a residual is null-space noise.
+    """
+    if not bool(v.any()):
+        return MinimumNorm(torch.zeros_like(v), v.new_zeros(v.shape[1]), 0.0, None)
+    norm, tried = spectral_norm(product, v), []
+    norm = norm if norm > 0 else 1.0  # A = 0: any shift shows that v is outside its range
+    for shift in _SHIFTS:
+        shifted = factor_shifted(shift * norm)
+
+        def precondition(r: Tensor, shifted: Shifted = shifted) -> Tensor:
+            return refine(shifted._product, shifted._direct, r, rtol).x
+
+        x, residual = refine(product, precondition, v, rtol, target=0.01 * rtol, null=NULL * norm)
+        worst, column = residual.max(0)
+        if bool(worst <= rtol):
+            return MinimumNorm(x, residual, math.nan, shifted)
+        r = v[:, column, None] - product(x[:, column, None])
+        for _ in range(2):  # δ(A + δI)⁻¹ leaves what lies where |μ| ≲ δ
+            r = shift * norm * precondition(r)
+        tried.append(MinimumNorm(x, residual, float(column_norms(product(r)) / column_norms(r)) / norm, shifted))
+        if tried[-1].curvature < NULL:
+            break
+    return min(tried, key=lambda found: float(found.residual.max()))

@@ -251,8 +251,8 @@ def test_scaling_is_linear():
         model, loss = tracked_loss(Case((7,) * (num_layers - 1), 5, inputs=7))
         kept.append(reachable_bytes(factorize_hessian(model, loss, 1e6, route="sweep")))
     assert kept[1] - kept[0] == (kept[2] - kept[1]) / 2 == (kept[3] - kept[2]) / 4
-    low, middle, high = (peak_bytes(num_layers) for num_layers in (8, 24, 56))
-    assert (high - middle) / 32 == pytest.approx((middle - low) / 16, rel=0.3)
+    low, middle, high = (peak_bytes(num_layers) for num_layers in (40, 80, 120))
+    assert high - middle == pytest.approx(middle - low, rel=0.2)
 
 
 def reachable_bytes(*roots) -> int:
@@ -282,7 +282,7 @@ def peak_bytes(num_layers: int) -> int:
 
 @pytest.mark.parametrize("scale", [0.001, 1.0, 1000.0])
 def test_numerical_stability_at_scale(scale):
-    """Loss and ε scaled together: x is unchanged for v·scale. And the inputs scaled. Both as accurate as a dense solve."""
+    """Loss, ε and v scaled together leave x unchanged. And the inputs scaled. Both as accurate as a dense solve."""
     case = Case((6, 4, 7), 15, loss="mse")  # scaling the mse loss by c: the last layer and the targets by √c
     model, x, y = case.build()
     v = random_vector(num_parameters(model))
@@ -808,7 +808,7 @@ def test_singular_systems_raise():
 
 
 def test_refinement_is_needed_and_certified():
-    """Few samples, small damping: a direct sweep loses its digits (design: 1/ε pivots); the certified solve has them."""
+    """Few samples, small damping: a direct sweep loses its digits to pivots near 0; the certified solve has them."""
     case = Case((16, 12, 14), 3, inputs=10)
     model, loss = tracked_loss(case)
     v = random_vector(num_parameters(model))
@@ -826,7 +826,7 @@ def test_refinement_is_needed_and_certified():
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["wide input", "many classes"])
 def test_imagenet_shapes(shape):
-    """150,528 inputs, width 64, 4 layers, N = 8; and 1,000 classes, width 64, N = 32: residual below 1e-8, under 5 GB."""
+    """150,528 inputs, width 64, 4 layers, N = 8; and 1,000 classes, width 64, N = 32: below 1e-8, under 5 GB."""
     sizes = "150528, 64, 10, 3" if shape == "wide input" else "64, 64, 1000, 3"
     batch = 8 if shape == "wide input" else 32
     code = f"""

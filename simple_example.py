@@ -1,0 +1,313 @@
+"""Train a 6-layer network on real images: gradient descent, then the exact Hessian, from one start on the same batches.
+
+    python3 simple_example.py                    # CIFAR-10 from ./data or the network, else the digits of scikit-learn
+    python3 simple_example.py --data digits --seconds 20
+
+Both methods run the same loop and differ in their step alone. Gradient descent takes the best of several rates and is
+given the seconds that the Hessian took. The Hessian is indefinite at first: the damping is raised until its inertia
+says that H + εI is positive definite, and then follows the ratio of the actual to the predicted decrease.
+Prints a table and who won by which measure, and writes loss.png under --out-dir.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hessian import DeepMLPWithTracking, factorize_hessian
+
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+PROBE_SECONDS = 3.0  # given to each rate of gradient descent
+DOWNLOAD_TIMEOUT = 10  # seconds
+
+
+class DataError(Exception):
+    """The data asked for is not there, or not whole; the message names the path and what to do."""
+
+
+class Images(NamedTuple):
+    name: str
+    train: tuple[Tensor, Tensor]  # (N, pixels) standardized, (N,)
+    test: tuple[Tensor, Tensor]
+
+
+# --------------------------------------------------------------------------------------------------------- data
+
+
+def load_images(data: str, folder: Path, num_samples: int) -> Images:
+    if data == "digits":
+        return load_digits(num_samples)
+    try:
+        return load_cifar10(folder, num_samples)
+    except OSError as error:  # no network: connection refused, no such host, time-out
+        if data == "cifar10":
+            raise DataError(
+                f"CIFAR-10 is not in {folder} and can't be downloaded ({error}): put cifar-10-batches-py there, or "
+                "pass --data digits"
+            ) from error
+        print(f"CIFAR-10 is not in {folder} and can't be downloaded ({error}): running on scikit-learn's 8×8 digits.")
+        return load_digits(num_samples)
+
+
+def load_cifar10(folder: Path, num_samples: int) -> Images:
+    from torchvision.datasets import CIFAR10
+
+    archive, extracted = folder / CIFAR10.filename, folder / CIFAR10.base_folder
+    if extracted.exists():
+        try:
+            train, test = (CIFAR10(str(folder), train=flag) for flag in (True, False))
+        except RuntimeError as error:  # torchvision's word for a checksum that differs
+            raise DataError(f"{extracted} is partial or corrupt: delete it (and {archive}) and run again") from error
+    else:
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+        try:
+            train, test = (CIFAR10(str(folder), train=flag, download=True) for flag in (True, False))
+        except RuntimeError as error:
+            raise DataError(f"{archive} is partial or corrupt: delete it and run again") from error
+        finally:
+            socket.setdefaulttimeout(before)
+    arrays = [(torch.from_numpy(part.data).flatten(1), torch.tensor(part.targets)) for part in (train, test)]
+    return standardize("CIFAR-10", *arrays, num_samples)
+
+
+def load_digits(num_samples: int) -> Images:
+    from sklearn.datasets import load_digits as load
+
+    images, labels = (torch.from_numpy(array) for array in load(return_X_y=True))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    train, test = order[:1437], order[1437:]
+    return standardize("digits", (images[train], labels[train]), (images[test], labels[test]), num_samples)
+
+
+def standardize(name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_samples: int) -> Images:
+    """The first samples of train, all of test, in float64, each pixel by the mean and spread of what is trained on."""
+    if num_samples > len(train[0]):
+        raise DataError(f"--samples {num_samples}: {name} has {len(train[0])} training images")
+    train = (train[0][:num_samples].double(), train[1][:num_samples].long())
+    mean, std = train[0].mean(0), train[0].std(0)
+    std[std == 0] = 1
+    return Images(name, ((train[0] - mean) / std, train[1]), ((test[0].double() - mean) / std, test[1].long()))
+
+
+# ------------------------------------------------------------------------------------------------------ methods
+
+
+class Step(NamedTuple):
+    loss: float  # of the batch, before the step
+    hessian_seconds: float
+
+
+StepFunction = Callable[[DeepMLPWithTracking, Tensor, Tensor], Step]
+
+
+def loss_and_gradient(model: DeepMLPWithTracking, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    loss = model(x, y, track_activations=True)
+    return loss, torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+@torch.no_grad()
+def move(model: DeepMLPWithTracking, step: Tensor) -> None:
+    for p, s in zip(model.parameters(), step.split([p.numel() for p in model.parameters()]), strict=True):
+        p.add_(s.view_as(p))
+
+
+def gradient_descent(rate: float) -> StepFunction:
+    def step(model: DeepMLPWithTracking, x: Tensor, y: Tensor) -> Step:
+        loss = model(x, y)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), gradients, strict=True):
+                p.sub_(g, alpha=rate)
+        return Step(loss.item(), 0.0)
+
+    return step
+
+
+class ExactHessianStep:
+    """p = −(H + εI)⁻¹ g, with ε raised until H + εI is positive definite, so that p is a descent direction and the
+    minimizer of a convex model; accepted when the loss falls, ε adapted as Levenberg and Marquardt do."""
+
+    def __init__(self, damping: float = 1.0):
+        self.damping = damping
+
+    def __call__(self, model: DeepMLPWithTracking, x: Tensor, y: Tensor) -> Step:
+        loss, g = loss_and_gradient(model, x, y)
+        before, started, seconds = copy.deepcopy(model.state_dict()), time.perf_counter(), 0.0
+        factorization = factorize_hessian(model, loss, self.damping)
+        while not factorization.is_positive_definite:
+            self.damping *= 4
+            factorization = factorize_hessian(model, loss, self.damping)
+        p = factorization.solve(-g)
+        seconds = time.perf_counter() - started
+        # decrease of the quadratic model, −gᵀp − ½pᵀHp, by (H + εI)p = −g
+        predicted = -0.5 * float(g @ p) + 0.5 * self.damping * float(p @ p)
+        move(model, p)
+        with torch.no_grad():
+            ratio = float(loss - model(x, y)) / predicted  # NaN: not accepted
+        if not ratio > 1e-4:
+            model.load_state_dict(before)
+        if not ratio > 0.25:
+            self.damping *= 4
+        elif ratio > 0.75:
+            self.damping = max(self.damping / 3, 1e-8)
+        return Step(loss.item(), seconds)
+
+
+class Run(NamedTuple):
+    name: str
+    seconds: list[float]  # after each step
+    losses: list[float]  # of the batch before each step, then of all samples at the end
+    hessian_seconds: float
+    train_accuracy: float
+    test_accuracy: float
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.losses) - 1
+
+
+def train(
+    name: str,
+    start: DeepMLPWithTracking,
+    images: Images,
+    batch_size: int,
+    step: StepFunction,
+    seconds: float,
+    steps: int,
+) -> Run:
+    """The one loop: `step` on the same sequence of batches from the same start, until `seconds` or `steps` are over."""
+    model, (x, y) = copy.deepcopy(start), images.train
+    times, losses, hessian_seconds, started = [0.0], [], 0.0, time.perf_counter()
+    generator = torch.Generator().manual_seed(1)
+    with tqdm(total=round(seconds, 1), desc=name, disable=None, unit="s", bar_format="{desc} {bar} {postfix}") as bar:
+        while times[-1] < seconds and len(losses) < steps:
+            order = torch.randperm(len(x), generator=generator) if batch_size < len(x) else torch.arange(len(x))
+            for batch in order.split(batch_size):
+                done = step(model, x[batch], y[batch])
+                hessian_seconds += done.hessian_seconds
+                losses.append(done.loss)
+                times.append(time.perf_counter() - started)
+                bar.set_postfix_str(f"step {len(losses)}, loss {done.loss:.3e}", refresh=False)
+                bar.update(min(times[-1], seconds) - bar.n)
+                if times[-1] >= seconds or len(losses) >= steps:
+                    break
+    with torch.no_grad():
+        losses.append(model(x, y).item())
+        accuracies = [(model(a).argmax(1) == b).double().mean().item() for a, b in (images.train, images.test)]
+    return Run(name, times, losses, hessian_seconds, *accuracies)
+
+
+# ------------------------------------------------------------------------------------------------------- report
+
+
+def report(runs: list[Run]) -> None:
+    print(f"\n{'method':32} {'steps':>7} {'loss':>10} {'train':>7} {'test':>7} {'seconds':>8} {'Hessian':>8}")
+    for run in runs:
+        share = run.hessian_seconds / max(run.seconds[-1], 1e-9)
+        print(
+            f"{run.name:32} {run.num_steps:7d} {run.losses[-1]:10.2e} {run.train_accuracy:7.1%} "
+            f"{run.test_accuracy:7.1%} {run.seconds[-1]:8.1f} {share:8.0%}"
+        )
+    descent, hessian = runs
+    equal_steps = min(descent.num_steps, hessian.num_steps)
+    print()
+    winner(f"training loss after {equal_steps} steps each", [(r.name, r.losses[equal_steps]) for r in runs])
+    winner(f"training loss after {hessian.seconds[-1]:.1f} s each", [(r.name, r.losses[-1]) for r in runs])
+    level = max(min(r.losses) for r in runs)
+    times = [(r.name, next(t for t, loss in zip(r.seconds, r.losses, strict=True) if loss <= level)) for r in runs]
+    winner(f"seconds to the training loss that both reached, {level:.1e}", times)
+    winner("test accuracy", [(r.name, -r.test_accuracy) for r in runs])
+
+
+def winner(measure: str, values: list[tuple[str, float]]) -> None:
+    (first, a), (second, b) = sorted(values, key=lambda item: item[1])
+    if a == b:
+        print(f"By {measure}: a draw at {abs(a):.3g}.")
+    else:
+        print(f"By {measure}: {first} won, {abs(a):.3g} against {abs(b):.3g} for {second}.")
+
+
+def plot(runs: list[Run], title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, constrained_layout=True)
+    for run in runs:
+        axes[0].loglog(range(1, len(run.losses) + 1), run.losses, label=run.name)
+        axes[1].semilogy(run.seconds, run.losses, label=run.name)
+    axes[0].set(xlabel="step", ylabel="training loss", title=title)
+    axes[1].set(xlabel="seconds")
+    axes[1].legend()
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=("auto", "cifar10", "digits"), default="auto")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is, or is downloaded to")
+    parser.add_argument("--out-dir", type=Path, default=Path("runs/simple_example"))
+    parser.add_argument("--samples", type=int, default=64, help="training images used")
+    parser.add_argument("--batch-size", type=int, default=None, help="default: all samples")
+    parser.add_argument("--hidden-dim", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=30.0, help="for each method at most")
+    parser.add_argument("--steps", type=int, default=100, help="of the Hessian method at most")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    for name in ("samples", "hidden_dim", "steps", "seconds", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    torch.set_flush_denormal(True)
+    try:
+        images = load_images(args.data, args.data_dir, args.samples)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    batch_size = min(args.batch_size or args.samples, args.samples)
+    torch.manual_seed(args.seed)
+    inputs = images.train[0].shape[1]
+    start = DeepMLPWithTracking(inputs, args.hidden_dim, 10, 5, "tanh").double()
+    num_parameters = sum(p.numel() for p in start.parameters())
+    print(
+        f"{images.name}: {args.samples} training images, batches of {batch_size}; {inputs} → 5 × {args.hidden_dim} "
+        f"→ 10, {num_parameters:,} parameters, tanh, seed {args.seed}, {torch.get_num_threads()} threads"
+    )
+    setting = (start, images, batch_size)
+    probes = [train(f"rate {r:g}", *setting, gradient_descent(r), PROBE_SECONDS, 10**9) for r in RATES]
+    best = min(zip(RATES, probes, strict=True), key=lambda pair: pair[1].losses[-1])[0]
+    print("gradient descent, loss by rate: " + ", ".join(f"{p.name[5:]}: {p.losses[-1]:.2e}" for p in probes))
+    hessian = train("exact Hessian", *setting, ExactHessianStep(), args.seconds, args.steps)
+    descent = train(f"gradient descent, rate {best:g}", *setting, gradient_descent(best), hessian.seconds[-1], 10**9)
+    report([descent, hessian])
+    path = args.out_dir / "loss.png"
+    plot([descent, hessian], f"{images.name}, {args.samples} images, 6 layers", path)
+    print(f"\nPlot: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
