@@ -36,9 +36,9 @@ Each G is factored as F Σ Fᵀ, Σ = ±1: by Cholesky where it is positive defi
 Bunch–Kaufman pivots; B enters as F⁻¹B alone (a congruence), and no pivot is ever changed. By Sylvester and
 Haynsworth the signs in all Σ are the inertia of H + εI, and its determinant is the product of theirs.
 
-Cost. Factoring: Σ_ℓ m³/3 + m²n′ + m n′² multiply-adds, O(L (N a)³); memory O(L (N a)²). Every further right-hand
-side: O(Σ m² + m n′). A product with H costs two passes through the network. Where P is smaller than the state N a,
-forming H (P products) and factoring it once is cheaper: `route='auto'` counts and chooses.
+Cost. Factoring: Σ m³/3 + m²n′ + m n′² operations to leading order, so O(L (N a)³), and O(L (N a)²) memory; every
+further right-hand side O(Σ m² + m n′). A product with H costs two passes through the network. Where P is smaller than
+the state N a, forming H (P products) and factoring it once is cheaper: `route='auto'` counts and chooses.
 
 Assumptions. Fully connected layers, with or without skips; elementwise activations; a loss whose Hessian in the
 logits is diagonal minus rank one for every sample (cross-entropy, mean square). For relu, φ″ is taken as zero:
@@ -57,18 +57,20 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Number
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from activations import ACTIVATIONS, Activation, initialize
-from linear_algebra import (
+from hessian_activations import ACTIVATIONS, Activation, initialize
+from hessian_linear_algebra import (
     NULL,
     UNIT_ROUNDOFF,
     UPDATE_BLOCK,
     MinimumNorm,
+    Refined,
     SymmetricFactor,
     column_norms,
     factor_symmetric,
@@ -77,8 +79,9 @@ from linear_algebra import (
     refine,
     spectral_norm,
     subtract_gram,
+    unit_columns,
 )
-from many_classes import ManyClassPivot
+from hessian_many_classes import ManyClassPivot
 
 __all__ = [
     "ACTIVATIONS",
@@ -94,7 +97,11 @@ __all__ = [
     "hessian_vector_product",
 ]
 
+Damping = float | tuple[float, ...]
+
 _CHUNK_BYTES = 2**28  # temporaries of the dense Hessian are formed in chunks of this
+_REFINED_NUMBERS = 2**23  # right-hand sides are refined together up to this many numbers
+_DENSE_TRIAL = 3000  # a failed solve tries the dense route for its error message up to this many parameters
 
 
 class SingularHessianError(torch.linalg.LinAlgError):
@@ -118,7 +125,9 @@ class _Tracked(NamedTuple):
     inputs: Tensor  # (N, a_0)
     targets: Tensor  # (N,) or (N, C)
     loss: Callable[[], Tensor | None]
-    fingerprint: Tensor
+    value: Tensor
+    parameters: list[Tensor]
+    autocast: bool
 
 
 class DeepMLPWithTracking(nn.Module):
@@ -135,7 +144,7 @@ class DeepMLPWithTracking(nn.Module):
     Untracked, nothing is stored and no branch depends on the data (`torch.func` and `torch.compile` work).
 
     Initialized so that differences between samples survive forward, and gradients backward, at any depth (see
-    `activations.initialize`), for inputs of about unit variance.
+    `hessian_activations.initialize`), for inputs of about unit variance.
     """
 
     def __init__(
@@ -151,16 +160,16 @@ class DeepMLPWithTracking(nn.Module):
         loss: str = "cross_entropy",
     ):
         super().__init__()
-        if not isinstance(num_hidden_layers, int) or num_hidden_layers < 0:
+        if not isinstance(num_hidden_layers, Integral) or num_hidden_layers < 0:
             raise ValueError(f"num_hidden_layers must be an integer ≥ 0, got {num_hidden_layers!r}")
-        hidden = list(hidden_dim) if isinstance(hidden_dim, Sequence) else [hidden_dim] * num_hidden_layers
+        hidden = [hidden_dim] * num_hidden_layers if isinstance(hidden_dim, Number) else list(hidden_dim)
         if len(hidden) != num_hidden_layers:
             raise ValueError(
                 f"hidden_dim has {len(hidden)} widths for num_hidden_layers={num_hidden_layers}: give one int, or one "
                 "width a hidden layer"
             )
         widths = [input_dim, *hidden, num_classes]
-        if not all(isinstance(width, int) and width >= 1 for width in widths):
+        if not all(isinstance(width, Integral) and width >= 1 for width in widths):
             raise ValueError(f"input_dim, hidden_dim and num_classes must be integers ≥ 1, got {widths}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
@@ -192,13 +201,12 @@ class DeepMLPWithTracking(nn.Module):
         return phi.first(h), phi.second(h)
 
     def forward(self, x: Tensor, targets: Tensor | None = None, track_activations: bool = False) -> Tensor:
-        if x.dim() < 1 or x.shape[1:].numel() != self.input_dim:
-            raise ValueError(f"x must have shape (N, …) with {self.input_dim} numbers a sample, got {tuple(x.shape)}")
-        dtype = self.layers[0].weight.dtype
-        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(
-                f"x is {x.dtype} and the model {dtype}: convert one of them, x.to({dtype}) or model.to({x.dtype})"
-            )
+        if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[1:].numel() != self.input_dim:
+            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"x must be a tensor of shape (N, …) with {self.input_dim} numbers a sample, got {shape}")
+        dtype, autocast = self.layers[0].weight.dtype, torch.is_autocast_enabled(x.device.type)
+        if x.dtype != dtype and not (autocast and x.is_floating_point()):
+            raise TypeError(f"x is {x.dtype} and the model {dtype}: convert x with x.to({dtype}), or the model")
         z = x = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
         for index, linear in enumerate(self.layers[:-1]):
             z = self.activate(index, linear(z), z)
@@ -208,19 +216,23 @@ class DeepMLPWithTracking(nn.Module):
                 raise ValueError("track_activations=True needs targets: call model(x, y, track_activations=True)")
             return logits
         self._check_targets(logits, targets, values=track_activations)
-        if self.loss == "mse":
-            loss = F.mse_loss(logits, targets)
-        else:
-            # the default ignore_index, −100, would leave samples out of the mean: every index must be a class
-            loss = F.cross_entropy(logits, targets, ignore_index=-(2**62))
+        loss = self._loss(logits, targets)
         if track_activations:
-            inputs, targets = x.detach().clone(), targets.detach().clone()
-            self._tracked = _Tracked(inputs, targets, weakref.ref(loss), _fingerprint(self))
+            if loss.device.type == "mps":
+                raise ValueError("the solve needs float64 and mps has none: move the model and the batch to the CPU")
+            inputs, targets, *parameters = (t.detach().clone() for t in (x, targets, *self.parameters()))
+            self._tracked = _Tracked(inputs, targets, weakref.ref(loss), loss.detach().clone(), parameters, autocast)
         return loss
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if self.loss == "mse":
+            return F.mse_loss(logits, targets)
+        # the default ignore_index, −100, would leave samples out of the mean: every index must be a class
+        return F.cross_entropy(logits, targets, ignore_index=-(2**62))
 
     def _check_targets(self, logits: Tensor, targets: Tensor, values: bool) -> None:
         indices = self.loss == "cross_entropy" and not targets.is_floating_point()
-        shape, dtype = (logits.shape[:1], torch.long) if indices else (logits.shape, logits.dtype)
+        shape, dtype = (logits.shape[:1], torch.long) if indices else (logits.shape, self.layers[0].weight.dtype)
         if targets.shape != shape or targets.dtype != dtype:
             kind = "class indices" if indices else "targets" if self.loss == "mse" else "class probabilities"
             raise ValueError(
@@ -236,7 +248,7 @@ class DeepMLPWithTracking(nn.Module):
                 "drop samples to be ignored before the call"
             )
         if self.loss == "cross_entropy" and not indices:
-            off, tolerance = (targets.sum(1) - 1).abs().max(), 100 * torch.finfo(dtype).eps
+            off, tolerance = (targets.double().sum(1) - 1).abs().max(), max(1e-4, torch.finfo(dtype).eps)
             if not bool((targets >= 0).all() & (off <= tolerance)):
                 raise ValueError(
                     "rows of class probabilities must be ≥ 0 and sum to 1: a row sum is off by "
@@ -253,29 +265,28 @@ def _with_skip(skip: float, out: Tensor, z: Tensor | None) -> Tensor:
     return out + skip * z if skip and z is not None else out
 
 
-@torch.no_grad()
-def _fingerprint(model: nn.Module) -> Tensor:
-    """Two reductions of every parameter: detects any change, `.data` edits too, without a copy of the parameters."""
-    parameters = list(model.parameters())
-    sums = [p.sum(dtype=torch.float64) for p in parameters]
-    norms = [torch.linalg.vector_norm(p, dtype=torch.float64) for p in parameters]
-    return torch.stack(sums + norms)
-
-
 # ---------------------------------------------------------------------------------------- per-layer derivatives
 
 
 class OutputHessian(NamedTuple):
-    """Λ_b = diag(diagonal_b) − u_b u_bᵀ for each sample b; u = `rank_one`, or None for no such term."""
+    """Λ_b = diag(d_b) − u_b u_bᵀ for each sample b; u_b = d_b/√(1ᵀd_b), so that Λ_b 1 = 0, or no such term."""
 
-    diagonal: Tensor  # (N, C), ≥ 0
-    rank_one: Tensor | None  # (N, C)
+    diagonal: Tensor  # (N, C) d ≥ 0
+    zero_sum: bool
+
+    @property
+    def rank_one(self) -> Tensor | None:
+        """u (N, C), or None."""
+        return self.diagonal * self.diagonal.sum(1, keepdim=True).rsqrt() if self.zero_sum else None
 
     def apply(self, s: Tensor) -> Tensor:
         """Λ s for s of shape (…, N, C)."""
-        if self.rank_one is None:
+        if not self.zero_sum:
             return self.diagonal * s
-        return self.diagonal * s - self.rank_one * (self.rank_one * s).sum(-1, keepdim=True)
+        # measured from the likeliest class, which changes nothing, so that nothing cancels where its π is nearly 1
+        s = s.expand(*s.shape[:-2], *self.diagonal.shape)
+        s = s - s.gather(-1, self.diagonal.argmax(-1, keepdim=True).expand(*s.shape[:-1], 1))
+        return self.diagonal * (s - (self.diagonal * s).sum(-1, keepdim=True) / self.diagonal.sum(-1, keepdim=True))
 
 
 class LayerDerivatives(NamedTuple):
@@ -300,8 +311,11 @@ def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivati
     `activation_derivatives`. Not checked: that the parameters are those of the tracked loss (the callers check).
     Raises ValueError where nothing was tracked.
     """
+    if not isinstance(model, DeepMLPWithTracking):
+        raise TypeError(f"model must be a DeepMLPWithTracking, got {type(model).__name__}: see USAGE.md to convert one")
     if model._tracked is None:
         raise ValueError("no loss was tracked: call model(x, y, track_activations=True) first")
+    _check_layers(model)
     # forward: z̃, h
     z, targets = model._tracked.inputs.to(torch.float64), model._tracked.targets
     weights, inputs, pre_activations = [], [], []
@@ -312,16 +326,22 @@ def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivati
         pre_activations.append(h)
         if index + 1 < len(model.layers):
             z = model.activate(index, h, z)
+    _check_loss(model, h)
     # the loss in the logits: λ_L and Λ
     N, C = h.shape
     if model.loss == "mse":
         adjoint = 2 * (h - targets.to(torch.float64)) / (N * C)
-        output = OutputHessian(torch.full_like(h, 2 / (N * C)), None)
+        output = OutputHessian(torch.full_like(h, 2 / (N * C)), zero_sum=False)
     else:
         probabilities = torch.softmax(h, 1)
-        onehot = targets if targets.is_floating_point() else F.one_hot(targets, C)
-        adjoint = (probabilities - onehot.to(torch.float64)) / N
-        output = OutputHessian(probabilities / N, probabilities / math.sqrt(N))
+        if targets.is_floating_point():
+            total = targets.to(torch.float64).sum(1, keepdim=True)  # 1 but for rounding
+            adjoint = (total * probabilities - targets.to(torch.float64)) / N
+        else:
+            total, onehot = 1.0, F.one_hot(targets, C).bool()
+            others = probabilities.masked_fill(onehot, 0.0)  # π_y − 1 = −Σ_{c≠y} π_c, without cancellation
+            adjoint = torch.where(onehot, -others.sum(1, keepdim=True), others) / N
+        output = OutputHessian(total * probabilities / N, zero_sum=True)
     # backward: β_{ℓ-1} = λ_ℓ W_ℓ + σ_ℓ β_ℓ
     layers = [LayerDerivatives(weights[-1], inputs[-1], torch.ones_like(h), torch.zeros_like(h), adjoint, 0.0, output)]
     beta = adjoint @ weights[-1]
@@ -348,15 +368,45 @@ def _checked_derivatives(model: DeepMLPWithTracking, loss: Tensor) -> tuple[Laye
         )
     if any(not p.requires_grad for p in model.parameters()):
         raise ValueError("some parameters are frozen (requires_grad=False): H is that of all of them; unfreeze them")
-    if sum(p.numel() for p in model.parameters()) != sum(p.numel() for p in model.layers.parameters()):
-        raise ValueError("the model has parameters outside `model.layers`: H is that of the layers; make them buffers")
-    if loss.device.type == "mps":
-        raise ValueError("float64 is needed and mps has none: move the model and the batch to the CPU")
     if not bool(torch.isfinite(loss)):
         raise ValueError(f"the loss is {loss.item()}: look for overflow in the inputs or the parameters")
-    if not torch.equal(_fingerprint(model), tracked.fingerprint):
+    parameters = list(model.parameters())
+    if len(parameters) != len(tracked.parameters) or not all(map(_equal, parameters, tracked.parameters)):
         raise ValueError("the parameters changed since the loss was tracked: call the model on the batch again")
     return compute_layer_derivatives(model)
+
+
+def _equal(p: Tensor, q: Tensor) -> bool:
+    return p.dtype == q.dtype and p.device == q.device and torch.equal(p, q)
+
+
+def _check_layers(model: DeepMLPWithTracking) -> None:
+    """That the parameters are those of plain Linear layers, each with its own, in the order of `_blocks`."""
+    found = [p for linear in model.layers for p in (linear.weight, linear.bias) if p is not None]
+    if any(type(linear) is not nn.Linear for linear in model.layers):
+        kinds = ", ".join(sorted({type(linear).__name__ for linear in model.layers} - {"Linear"}))
+        raise ValueError(f"`model.layers` must hold plain nn.Linear only, got {kinds}: replace what is not")
+    if list(map(id, found)) != list(map(id, model.parameters())):
+        raise ValueError(
+            "the parameters must be those of `model.layers`, none shared and none outside: untie shared weights, and "
+            "make other parameters buffers"
+        )
+    overridden = type(model).activate is not DeepMLPWithTracking.activate
+    if overridden and type(model).activation_derivatives is DeepMLPWithTracking.activation_derivatives:
+        raise ValueError(f"{type(model).__name__} overrides `activate` but not `activation_derivatives`: override both")
+
+
+def _check_loss(model: DeepMLPWithTracking, logits: Tensor) -> None:
+    """That the closed-form network is the one that gave the tracked loss: no hook, no overridden forward."""
+    tracked = model._tracked
+    targets = tracked.targets.double() if tracked.targets.is_floating_point() else tracked.targets
+    loss = model._loss(logits, targets)
+    tolerance = math.sqrt(torch.finfo(tracked.value.dtype).eps) if not tracked.autocast else 0.1
+    if not bool((loss - tracked.value).abs() <= tolerance * (1 + loss.abs())):
+        raise ValueError(
+            f"the tracked loss is {tracked.value.item():.8g}, that of the plain layers {loss.item():.8g}: is there a "
+            "hook, a changed buffer, another activation, or an overridden forward? The solve can't see those"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- products
@@ -512,7 +562,7 @@ class _Pivot(NamedTuple):
 
 def _sweep(
     layers: Sequence[LayerDerivatives], damping: Sequence[float], many_classes: bool
-) -> tuple[list[_Pivot], int, float]:
+) -> tuple[tuple[_Pivot, ...], int, float]:
     """The backward sweep: pivots (first layer first), the number of negative eigenvalues, log|det|."""
     pivots, num_negative, logabsdet, P = [], 0, 0.0, None
     for index in range(len(layers) - 1, -1, -1):
@@ -521,8 +571,9 @@ def _sweep(
         perpendicular = len(layer.weight) * (layer.inputs.shape[1] - R.shape[1])  # dimensions of X⊥
         if perpendicular and epsilon == 0:
             raise _singular(index, epsilon, f"{perpendicular} directions of its weights don't act on this batch")
-        use_many_classes = many_classes and layer.output is not None
-        if use_many_classes:
+        if many_classes and layer.output is not None:
+            if epsilon == 0 and layer.output.zero_sum:
+                raise _singular(index, epsilon, "the same row added to the weights of every class changes nothing")
             basis = torch.eye(R.shape[1], dtype=R.dtype, device=R.device) if Q is None else Q
             solver = ManyClassPivot.form(layer, basis, R, epsilon)
             P = _output_cost_to_go(layer) if index else None
@@ -536,6 +587,8 @@ def _sweep(
         pivots.append(_Pivot(Q, R, epsilon, solver))
         num_negative += solver.num_negative() + (perpendicular if epsilon < 0 else 0)
         logabsdet += float(solver.logabsdet()) + (perpendicular * math.log(abs(epsilon)) if perpendicular else 0.0)
+        if not math.isfinite(logabsdet):
+            raise _singular(index, epsilon, "its pivot is singular, or overflowed")
         if P is not None:
             solver.reduce(P)
             mirror(P)
@@ -544,12 +597,7 @@ def _sweep(
                 outside = (Q[:width] @ Q[:width].mT).neg_()
                 outside.diagonal().add_(1)
                 P -= torch.kron(layer.adjoint @ layer.adjoint.mT / epsilon, outside)
-    if not math.isfinite(logabsdet):
-        raise SingularHessianError(
-            "a pivot of H + damping·I is singular or overflowed: choose another damping, or rescale the model",
-            damping=tuple(damping),
-        )
-    return pivots[::-1], num_negative, logabsdet
+    return tuple(pivots[::-1]), num_negative, logabsdet
 
 
 def _singular(index: int, epsilon: float, why: str) -> SingularHessianError:
@@ -691,13 +739,13 @@ class HessianFactorization:
 
     route: str  # 'sweep' or 'dense'
     curvature: str  # 'hessian' or 'gauss_newton'
-    damping: float | tuple[float, ...]  # as asked for; one float a layer where a sequence was given
+    damping: Damping  # as asked for: a float, or one a layer
     num_parameters: int
     num_negative_eigenvalues: int  # of H + damping·I, by Sylvester's law of inertia
     logabsdet: float  # log |det(H + damping·I)|
     _layers: tuple[LayerDerivatives, ...]
     _epsilons: tuple[float, ...]
-    _factor: list[_Pivot] | SymmetricFactor
+    _factor: tuple[_Pivot, ...] | SymmetricFactor
 
     @property
     def is_positive_definite(self) -> bool:
@@ -720,29 +768,33 @@ class HessianFactorization:
         columns = _checked_vector(v, self.num_parameters, self._layers[0].weight.device)
         if rtol is None:
             return self._direct(columns).reshape(v.shape).to(v.dtype)
-        x, residual = refine(self._product, self._direct, columns, _checked_rtol(rtol))
+        x, residual = self._refined(columns, _checked_rtol(rtol))
         if bool((residual <= rtol).all()):
             return x.reshape(v.shape).to(v.dtype)
         worst, column = residual.max(0)
-        growth = float(column_norms(x)[column] / column_norms(columns)[column])
+        failed = columns[:, column, None]
+        growth = float(column_norms(unit_columns(x[:, column, None])[0]) / column_norms(unit_columns(failed)[0]))
+        growth *= float(x[:, column].abs().max() / failed.abs().max())
         reach = UNIT_ROUNDOFF * spectral_norm(self._product, columns) * growth
+        tries = [(self.damping, "dense")] if self.route == "sweep" and self.num_parameters <= _DENSE_TRIAL else []
+        tries += self._larger(10.0, 1000.0)
         raise SingularHessianError(
             f"(H + damping·I)x = v was solved to a relative residual of {worst:.1e}, not to rtol={rtol:g}, at damping="
             f"{self.damping}; float64 can't be expected below {reach:.0e}. "
-            + self._advice(float(worst), columns, rtol, (10, 1000)),
+            + self._advice(float(worst), failed, rtol, tries),
             damping=self.damping,
             residual=float(worst),
         )
 
     def residual(self, x: Tensor, v: Tensor) -> Tensor:
-        """‖(H + εI)x − v‖/‖v‖ in float64, () for x and v of shape (P,), (k,) for (P, k); ‖x‖-free, 0 for x = v = 0."""
+        """‖(H + εI)x − v‖/‖v‖ in float64 by an exact product: () for x and v of shape (P,), (k,) for (P, k)."""
         if x.shape != v.shape:
             raise ValueError(f"x and v must have one shape, got {tuple(x.shape)} and {tuple(v.shape)}")
         x_columns, columns = (_checked_vector(y, self.num_parameters, self._layers[0].weight.device) for y in (x, v))
-        norm = column_norms(columns)
-        return (column_norms(columns - self._product(x_columns)) / torch.where(norm > 0, norm, 1.0)).reshape(
-            v.shape[1:]
-        )
+        unit, scale = unit_columns(columns)
+        error = column_norms(unit - self._product(x_columns / scale))
+        norm = column_norms(unit)
+        return (error / torch.where(norm > 0, norm, 1.0)).reshape(v.shape[1:])
 
     def _direct(self, v: Tensor) -> Tensor:
         if isinstance(self._factor, SymmetricFactor):
@@ -752,21 +804,33 @@ class HessianFactorization:
     def _product(self, v: Tensor) -> Tensor:
         return _product(self._layers, v) + _damping_vector(self._layers, self._epsilons) * v
 
-    def _advice(self, worst: float, v: Tensor, rtol: float, factors: Sequence[float]) -> str:
-        """What would do in place of a failed solve of v: a larger damping, tried here, or a larger rtol."""
-        advice = "Pass a larger damping"
-        for factor in factors:
-            larger = _factorize(self._layers, tuple(factor * e for e in self._epsilons), self.curvature, self.route)
-            residual = refine(larger._product, larger._direct, v, rtol).residual
+    def _refined(self, v: Tensor, rtol: float) -> Refined:
+        chunks = v.split(max(1, _REFINED_NUMBERS // len(v)), 1)  # refinement keeps up to 40 arrays of its columns
+        parts = [refine(self._product, self._direct, chunk, rtol) for chunk in chunks]
+        return Refined(*(torch.cat(pieces, -1) for pieces in zip(*parts, strict=True)))
+
+    def _larger(self, *factors: float) -> list[tuple[Damping, str]]:
+        """Settings to try in place of a failed solve: this damping times each factor, where that regularizes more."""
+        if min(self._epsilons) <= 0:
+            return []
+        scaled = [tuple(factor * epsilon for epsilon in self._epsilons) for factor in factors]
+        return [(e if isinstance(self.damping, tuple) else e[0], self.route) for e in scaled]
+
+    def _advice(self, worst: float, v: Tensor, rtol: float, tries: list[tuple[Damping, str]]) -> str:
+        """What would do in place of a failed solve of v: the first of `tries` that works, or a larger rtol."""
+        advice = "Pass another damping"
+        for damping, route in tries:
+            residual = _factorize(self._layers, damping, self.curvature, route)._refined(v, rtol).residual
             if bool((residual <= rtol).all()):
-                advice = f"Pass damping={larger.damping} (tried: it reaches {residual.max():.0e})"
+                name = f"damping={damping}" if damping != self.damping else "route='dense' to factorize_hessian"
+                advice = f"Pass {name} (tried: it reaches {residual.max():.0e})"
                 break
-        return advice + (f", or rtol={1.1 * worst:.1e} to accept this answer" if worst < 0.5 else "")
+        return advice + (f", or rtol={2 * worst:.1e} to accept this answer" if worst < 0.4 else "")
 
 
 def _checked_rtol(rtol: float) -> float:
     if rtol is None or not 0 < rtol < 1:
-        raise ValueError(f"rtol must lie between 0 and 1 here, got {rtol!r}")
+        raise ValueError(f"rtol must lie between 0 and 1, got {rtol!r} (None, unchecked, is for `.solve` alone)")
     return rtol
 
 
@@ -779,9 +843,10 @@ def _damping_vector(layers: Sequence[LayerDerivatives], epsilons: Sequence[float
 
 
 def _factorize(
-    layers: tuple[LayerDerivatives, ...], epsilons: tuple[float, ...], curvature: str, route: str
+    layers: tuple[LayerDerivatives, ...], damping: Damping, curvature: str, route: str
 ) -> HessianFactorization:
     num_parameters = sum(len(layer.weight) * layer.inputs.shape[1] for layer in layers)
+    epsilons = damping if isinstance(damping, tuple) else (damping,) * len(layers)
     operations, many_classes = _count_operations(layers)
     if route == "auto":
         route = min(operations, key=operations.get)
@@ -793,10 +858,11 @@ def _factorize(
         factor = factor_symmetric(G)
         if factor is None:
             raise SingularHessianError(
-                f"H + damping·I is exactly singular at damping {epsilons}: choose another damping", damping=epsilons
+                f"H + damping·I, factored densely at damping={damping}, has an exactly singular pivot: choose another "
+                "damping",
+                damping=damping,
             )
         num_negative, logabsdet = factor.num_negative(), float(factor.logabsdet())
-    damping = epsilons[0] if len(set(epsilons)) == 1 else epsilons
     return HessianFactorization(
         route, curvature, damping, num_parameters, num_negative, logabsdet, layers, epsilons, factor
     )
@@ -819,12 +885,13 @@ def factorize_hessian(
     formed by products and factored; cheaper where P is small beside N times the width), or 'auto' for the one with
     fewer counted operations; `.route` tells which.
 
-    Cost: Σ m³/3 + m²n′ + m n′² multiply-adds and Σ m² + m n′ numbers over the layers, m = a·min(N, d), n′ = N a′.
+    Cost: Σ m³/3 + m²n′ + 2m n′² operations (the last halved where n′ is large) and the structured products of lower
+    order; Σ m² + m n′ numbers kept; m = a·min(N, d), n′ = N a′.
     Raises ValueError or TypeError for a loss or a damping that doesn't fit, SingularHessianError for an exactly
     singular pivot. Not checked: a pivot that is merely small; `.solve` checks its answer.
     """
     layers = _checked_derivatives(model, loss)
-    epsilons = _checked_damping(damping, len(layers))
+    damping = _checked_damping(damping, len(layers))
     if curvature not in ("hessian", "gauss_newton"):
         raise ValueError(f"unknown curvature {curvature!r}: choose 'hessian' or 'gauss_newton'")
     if route not in ("auto", "sweep", "dense"):
@@ -833,38 +900,43 @@ def factorize_hessian(
         layers = tuple(
             x._replace(adjoint=torch.zeros_like(x.adjoint), curvature=torch.zeros_like(x.curvature)) for x in layers
         )
-    return _factorize(layers, epsilons, curvature, route)
+    return _factorize(layers, damping, curvature, route)
 
 
-def _checked_damping(damping: float | Sequence[float], num_layers: int) -> tuple[float, ...]:
-    epsilons = tuple(map(float, damping)) if isinstance(damping, Sequence) else (float(damping),) * num_layers
-    if len(epsilons) != num_layers or not all(map(math.isfinite, epsilons)):
+def _checked_damping(damping: float | Sequence[float], num_layers: int) -> Damping:
+    try:
+        values = torch.as_tensor(damping, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        values = torch.tensor(math.nan)
+    if values.shape not in ((), (num_layers,)) or not bool(torch.isfinite(values).all()):
         raise ValueError(
             f"damping must be a finite number, or one for each of the {num_layers} layers, got {damping!r}"
         )
-    return epsilons
+    return values.item() if values.dim() == 0 else tuple(values.tolist())
 
 
+@torch.no_grad()
 def hessian_inverse_vector_product(
     model: DeepMLPWithTracking, loss: Tensor, v: Tensor, damping: float | Sequence[float] = 0.0, *, rtol: float = 1e-8
 ) -> Tensor:
-    """x with (H + damping·I) x = v to a relative residual of `rtol`: factor and solve. v and x as in `.solve`.
+    """x with (H + damping·I) x = v to a relative residual of `rtol`: factor and solve. Arguments as there; x as v.
 
     damping = 0 gives the minimum-norm x with H x = v. H is singular for cross-entropy: such an x exists only for a v in
     the range of H, as a gradient is (a float32 gradient only to its rounding, 6e-8: use model.double(), or rtol=1e-6).
     Solved by a factorization at a small shift, refined on H itself. SingularHessianError where v is not in the
     range, or where the residual can't be reached in float64; the message names a damping that works.
     """
-    if any(_checked_damping(damping, len(model.layers))):
-        return factorize_hessian(model, loss, damping).solve(v, rtol=rtol)
     layers = _checked_derivatives(model, loss)
+    damping, rtol = _checked_damping(damping, len(layers)), _checked_rtol(rtol)
+    if damping != 0 and any(damping if isinstance(damping, tuple) else (damping,)):
+        return _factorize(layers, damping, "hessian", "auto").solve(v, rtol=rtol)
     num_parameters = sum(p.numel() for p in model.parameters())
     columns = _checked_vector(v, num_parameters, layers[0].weight.device)
     found = minimum_norm(
         lambda y: _product(layers, y),
-        lambda shift: _factorize(layers, (shift,) * len(layers), "hessian", "auto"),
+        lambda shift: _factorize(layers, shift, "hessian", "auto"),
         columns,
-        _checked_rtol(rtol),
+        rtol,
     )
     if not bool((found.residual <= rtol).all()):
         raise _undamped_error(found, columns, rtol, v.dtype)
@@ -872,17 +944,19 @@ def hessian_inverse_vector_product(
 
 
 def _undamped_error(found: MinimumNorm, v: Tensor, rtol: float, dtype: torch.dtype) -> SingularHessianError:
-    worst = float(found.residual.max())
+    worst, column = found.residual.max(0)
     if found.curvature < NULL:
+        factors = (1e4, 1e6)  # no small damping helps against a part of v that H does not see
         why = f"v is outside the range of H by {worst:.1e} of its norm, so that no x solves H x = v"
         if dtype == torch.float32 and worst < 1e-6:
             why += " (a float32 v is known to 6e-8 of its norm only: compute it in float64, from model.double())"
     else:
+        factors = (100.0, 1e4)
         why = (
             f"what is left of v, {worst:.1e} of its norm, lies where the eigenvalues of H, about {found.curvature:.0e} "
             "of its norm, are too near 0 for float64"
         )
-    advice = found.shifted._advice(worst, v, rtol, (1, 100, 1e4))
+    advice = found.shifted._advice(float(worst), v[:, column, None], rtol, found.shifted._larger(*factors))
     return SingularHessianError(
-        f"H x = v, undamped, was not solved to rtol={rtol:g}: {why}. {advice}", damping=0.0, residual=worst
+        f"H x = v, undamped, was not solved to rtol={rtol:g}: {why}. {advice}", damping=0.0, residual=float(worst)
     )

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import socket
+import http.client
+import math
 import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hessian import DeepMLPWithTracking, factorize_hessian
+from hessian import DeepMLPWithTracking, SingularHessianError, factorize_hessian
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 PROBE_SECONDS = 3.0  # given to each rate of gradient descent
@@ -33,6 +36,10 @@ DOWNLOAD_TIMEOUT = 10  # seconds
 
 class DataError(Exception):
     """The data asked for is not there, or not whole; the message names the path and what to do."""
+
+
+class NoNetworkError(Exception):
+    """The download can't start; the message says why."""
 
 
 class Images(NamedTuple):
@@ -49,36 +56,49 @@ def load_images(data: str, folder: Path, num_samples: int) -> Images:
         return load_digits(num_samples)
     try:
         return load_cifar10(folder, num_samples)
-    except OSError as error:  # no network: connection refused, no such host, time-out
+    except NoNetworkError as error:
+        missing = f"CIFAR-10 is not in {folder} and can't be downloaded ({error})"
         if data == "cifar10":
-            raise DataError(
-                f"CIFAR-10 is not in {folder} and can't be downloaded ({error}): put cifar-10-batches-py there, or "
-                "pass --data digits"
-            ) from error
-        print(f"CIFAR-10 is not in {folder} and can't be downloaded ({error}): running on scikit-learn's 8×8 digits.")
+            raise DataError(f"{missing}: put cifar-10-batches-py there, or pass --data digits") from error
+        print(f"{missing}: running on scikit-learn's 8×8 digits.")
         return load_digits(num_samples)
 
 
 def load_cifar10(folder: Path, num_samples: int) -> Images:
     from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
 
     archive, extracted = folder / CIFAR10.filename, folder / CIFAR10.base_folder
-    if extracted.exists():
+    if archive.exists() and not check_integrity(str(archive), CIFAR10.tgz_md5):
+        raise DataError(f"{archive} is partial or corrupt: delete it and run again, or pass --data digits")
+    if not archive.exists() and not extracted.exists():
+        check_network(CIFAR10.url)
+    try:
+        # neither is downloaded again where its checksums are right
+        parts = [CIFAR10(str(folder), train=flag, download=not extracted.exists()) for flag in (True, False)]
+    except RuntimeError as error:  # torchvision's word for a checksum that differs
+        raise DataError(f"{extracted} is partial or corrupt: delete it and run again, or pass --data digits") from error
+    train, test = ((torch.from_numpy(part.data).flatten(1), torch.tensor(part.targets)) for part in parts)
+    return standardize("CIFAR-10", train, test, num_samples)
+
+
+def check_network(url: str) -> None:
+    """Raise NoNetworkError unless `url` answers within DOWNLOAD_TIMEOUT, name look-up and all."""
+    outcome: list[str] = []
+
+    def ask() -> None:
         try:
-            train, test = (CIFAR10(str(folder), train=flag) for flag in (True, False))
-        except RuntimeError as error:  # torchvision's word for a checksum that differs
-            raise DataError(f"{extracted} is partial or corrupt: delete it (and {archive}) and run again") from error
-    else:
-        before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-        try:
-            train, test = (CIFAR10(str(folder), train=flag, download=True) for flag in (True, False))
-        except RuntimeError as error:
-            raise DataError(f"{archive} is partial or corrupt: delete it and run again") from error
-        finally:
-            socket.setdefaulttimeout(before)
-    arrays = [(torch.from_numpy(part.data).flatten(1), torch.tensor(part.targets)) for part in (train, test)]
-    return standardize("CIFAR-10", *arrays, num_samples)
+            urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT).close()
+            outcome.append("")
+        except (OSError, http.client.HTTPException) as error:
+            outcome.append(str(error))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(DOWNLOAD_TIMEOUT)
+    error = outcome[0] if outcome else f"no answer in {DOWNLOAD_TIMEOUT} s"
+    if error:
+        raise NoNetworkError(error)
 
 
 def load_digits(num_samples: int) -> Images:
@@ -166,15 +186,17 @@ class ExactHessianStep:
 
 class Run(NamedTuple):
     name: str
-    seconds: list[float]  # after each step
-    losses: list[float]  # of the batch before each step, then of all samples at the end
+    steps: list[int]  # where the loss of all samples was taken
+    seconds: list[float]
+    losses: list[float]
     hessian_seconds: float
     train_accuracy: float
     test_accuracy: float
 
-    @property
-    def num_steps(self) -> int:
-        return len(self.losses) - 1
+
+@torch.no_grad()
+def loss_of(model: DeepMLPWithTracking, data: tuple[Tensor, Tensor]) -> float:
+    return model(*data).item()
 
 
 def train(
@@ -183,29 +205,39 @@ def train(
     images: Images,
     batch_size: int,
     step: StepFunction,
-    seconds: float,
-    steps: int,
+    max_seconds: float,
+    max_steps: int,
 ) -> Run:
-    """The one loop: `step` on the same sequence of batches from the same start, until `seconds` or `steps` are over."""
+    """The one loop: `step` on the same sequence of batches from the same start, until `max_seconds` or `max_steps`.
+
+    The loss of all samples is noted at the start of each epoch; where a batch is less than all, off the clock.
+    """
     model, (x, y) = copy.deepcopy(start), images.train
-    times, losses, hessian_seconds, started = [0.0], [], 0.0, time.perf_counter()
+    whole = batch_size == len(x)
+    steps, times, losses, count, elapsed, hessian_seconds = [], [], [], 0, 0.0, 0.0
     generator = torch.Generator().manual_seed(1)
-    with tqdm(total=round(seconds, 1), desc=name, disable=None, unit="s", bar_format="{desc} {bar} {postfix}") as bar:
-        while times[-1] < seconds and len(losses) < steps:
-            order = torch.randperm(len(x), generator=generator) if batch_size < len(x) else torch.arange(len(x))
+    with tqdm(total=round(max_seconds, 1), desc=name, disable=None, bar_format="{desc} {bar} {postfix}") as bar:
+        while elapsed < max_seconds and count < max_steps:
+            steps.append(count)
+            times.append(elapsed)
+            losses.append(math.nan if whole else loss_of(model, images.train))
+            order = torch.arange(len(x)) if whole else torch.randperm(len(x), generator=generator)
             for batch in order.split(batch_size):
-                done = step(model, x[batch], y[batch])
+                started = time.perf_counter()
+                done = step(model, x, y) if whole else step(model, x[batch], y[batch])
+                elapsed += time.perf_counter() - started
+                count += 1
                 hessian_seconds += done.hessian_seconds
-                losses.append(done.loss)
-                times.append(time.perf_counter() - started)
-                bar.set_postfix_str(f"step {len(losses)}, loss {done.loss:.3e}", refresh=False)
-                bar.update(min(times[-1], seconds) - bar.n)
-                if times[-1] >= seconds or len(losses) >= steps:
+                bar.set_postfix_str(f"step {count}, loss {done.loss:.3e}", refresh=False)
+                bar.update(min(elapsed, max_seconds) - bar.n)
+                if elapsed >= max_seconds or count >= max_steps:
                     break
+            if whole:
+                losses[-1] = done.loss
     with torch.no_grad():
-        losses.append(model(x, y).item())
         accuracies = [(model(a).argmax(1) == b).double().mean().item() for a, b in (images.train, images.test)]
-    return Run(name, times, losses, hessian_seconds, *accuracies)
+    losses.append(loss_of(model, images.train))
+    return Run(name, [*steps, count], [*times, elapsed], losses, hessian_seconds, *accuracies)
 
 
 # ------------------------------------------------------------------------------------------------------- report
@@ -216,13 +248,13 @@ def report(runs: list[Run]) -> None:
     for run in runs:
         share = run.hessian_seconds / max(run.seconds[-1], 1e-9)
         print(
-            f"{run.name:32} {run.num_steps:7d} {run.losses[-1]:10.2e} {run.train_accuracy:7.1%} "
+            f"{run.name:32} {run.steps[-1]:7d} {run.losses[-1]:10.2e} {run.train_accuracy:7.1%} "
             f"{run.test_accuracy:7.1%} {run.seconds[-1]:8.1f} {share:8.0%}"
         )
     descent, hessian = runs
-    equal_steps = min(descent.num_steps, hessian.num_steps)
+    at = min(len(descent.steps), len(hessian.steps)) - 2  # the last entry may stand in the middle of an epoch
     print()
-    winner(f"training loss after {equal_steps} steps each", [(r.name, r.losses[equal_steps]) for r in runs])
+    winner(f"training loss after {descent.steps[at]} steps each", [(r.name, r.losses[at]) for r in runs])
     winner(f"training loss after {hessian.seconds[-1]:.1f} s each", [(r.name, r.losses[-1]) for r in runs])
     level = max(min(r.losses) for r in runs)
     times = [(r.name, next(t for t, loss in zip(r.seconds, r.losses, strict=True) if loss <= level)) for r in runs]
@@ -246,14 +278,13 @@ def plot(runs: list[Run], title: str, path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, constrained_layout=True)
     for run in runs:
-        axes[0].loglog(range(1, len(run.losses) + 1), run.losses, label=run.name)
+        axes[0].loglog([1 + step for step in run.steps], run.losses, label=run.name)
         axes[1].semilogy(run.seconds, run.losses, label=run.name)
-    axes[0].set(xlabel="step", ylabel="training loss", title=title)
+    axes[0].set(xlabel="1 + step", ylabel="training loss", title=title)
     axes[1].set(xlabel="seconds")
     axes[1].legend()
     for axis in axes:
         axis.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
@@ -276,14 +307,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+def run(args: argparse.Namespace) -> None:
     torch.set_flush_denormal(True)
-    try:
-        images = load_images(args.data, args.data_dir, args.samples)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    images = load_images(args.data, args.data_dir, args.samples)
     batch_size = min(args.batch_size or args.samples, args.samples)
     torch.manual_seed(args.seed)
     inputs = images.train[0].shape[1]
@@ -303,6 +330,15 @@ def main(argv: list[str] | None = None) -> int:
     path = args.out_dir / "loss.png"
     plot([descent, hessian], f"{images.name}, {args.samples} images, 6 layers", path)
     print(f"\nPlot: {path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        run(args)
+    except (DataError, SingularHessianError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

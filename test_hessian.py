@@ -34,7 +34,7 @@ from hessian import (
     hessian_inverse_vector_product,
     hessian_vector_product,
 )
-from linear_algebra import factor_symmetric
+from hessian_linear_algebra import factor_symmetric, spectral_norm
 
 HERE = Path(__file__).resolve().parent
 DAMPINGS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
@@ -224,7 +224,7 @@ def operations_at_depth(num_layers: int, batch: int = 5, width: int = 7, damping
 @pytest.mark.parametrize("num_layers", [2, 4, 8, 12])
 def test_computational_cost_per_depth(num_layers):
     """One more hidden layer costs m³/3 + m²n + 2 m n² (design: factor, whiten the coupling, update), plus the
-    structured products, exactly; so the O(m³) step is counted, and depth L costs (L − 2) hidden layers and two ends."""
+    structured products; so the O(m³) step is counted, and depth L costs (L − 2) hidden layers and two ends."""
     N, a, r = 5, 7, 5  # N < a + 1 inputs: pivots of size m = a r = a N = n
     d, m, n = a + 1, a * r, N * a
     cubic = m**3 // 3 + m * m * n + 2 * m * n * n
@@ -283,7 +283,7 @@ def peak_bytes(num_layers: int) -> int:
 @pytest.mark.parametrize("scale", [0.001, 1.0, 1000.0])
 def test_numerical_stability_at_scale(scale):
     """Loss, ε and v scaled together leave x unchanged. And the inputs scaled. Both as accurate as a dense solve."""
-    case = Case((6, 4, 7), 15, loss="mse")  # scaling the mse loss by c: the last layer and the targets by √c
+    case = Case((6, 4, 7), 15, loss="mse")
     model, x, y = case.build()
     v = random_vector(num_parameters(model))
     reference = factorize_hessian(model, model(x, y, track_activations=True), 0.1).solve(v)
@@ -334,7 +334,7 @@ def test_exact_on_the_grid(case):
                 x = f.solve(v)
                 # the oracle's H and the products' H are each rounded once: that difference is no error of the solve
                 rounding = relative(A @ x - f._product(x), v)
-                assert rounding <= 1e-12 * relative(A.norm() * x, v)
+                assert rounding <= (1e-14 if len(case.hidden) < 10 else 1e-12) * relative(A.norm() * x, v)
                 assert relative(A @ x - v, v) <= allowed + 2 * rounding, (curvature, damping, route)
                 assert f.route == route
                 # an eigenvalue within rounding of 0 may count either way
@@ -430,11 +430,87 @@ def test_many_class_pivot(batch, loss):
             pivots, negative, logabsdet = hessian._sweep(layers, [damping] * len(layers), True)
             assert isinstance(pivots[-1].solver, hessian.ManyClassPivot)
             x = hessian._sweep_solve(layers, pivots, v)
+            assert relative(A @ x - v, v) <= 1e-5
             x = x + hessian._sweep_solve(layers, pivots, v - A @ x)
             assert relative(A @ x - v, v) <= max(10 * dense_residual(A, v), 1e-13)
             eigenvalues = torch.linalg.eigvalsh(A)
             assert negative == (eigenvalues < 0).sum()
             assert logabsdet == pytest.approx(eigenvalues.abs().log().sum().item(), rel=1e-9)
+
+
+def test_many_class_split():
+    """Without the zero-sum split Woodbury's identity loses the direction that adds the same row to every class."""
+    model, loss = tracked_loss(Case((), 16, classes=40, inputs=20))
+    layers = hessian._checked_derivatives(model, loss)
+    v = random_vector(num_parameters(model), 1)
+    pivots, *_ = hessian._sweep(layers, [1e-6], True)
+    x = hessian._sweep_solve(layers, pivots, v)
+    assert relative(hessian._product(layers, x) + 1e-6 * x - v, v) <= 1e-6
+
+
+def test_updates_by_blocks(monkeypatch):
+    """The symmetric update by several blocks and its mirror, which small nets don't reach otherwise."""
+    import hessian_linear_algebra
+
+    monkeypatch.setattr(hessian_linear_algebra, "UPDATE_BLOCK", 4)
+    for case in (Case((6, 4, 7), 3), Case((5, 5, 4), 9, residual=True)):
+        model, loss = tracked_loss(case)
+        v = random_vector(num_parameters(model))
+        f = factorize_hessian(model, loss, 0.1, route="sweep")
+        assert f.residual(f.solve(v, rtol=None), v) <= 1e-10
+
+
+def test_scale_of_the_right_hand_side():
+    """Squares of tiny or huge entries under- or overflow: the certificate holds for these too."""
+    model, loss = tracked_loss(Case((6, 4, 7), 15))
+    f = factorize_hessian(model, loss, 0.1)
+    v = random_vector(f.num_parameters)
+    x = f.solve(v)
+    for scale in (1e-200, 1e200):
+        assert relative(f.solve(scale * v) / scale - x, x) <= 1e-12
+        assert f.residual(f.solve(scale * v), scale * v) <= 1e-12
+        assert f.residual(0 * v, scale * v) == 1
+        with pytest.raises(SingularHessianError, match="outside the range"):
+            hessian_inverse_vector_product(model, loss, scale * v)
+
+
+def test_undamped_answer_has_minimum_norm():
+    """Also where rtol lets a part of v outside the range pass, as in a float32 gradient."""
+    case = Case((6, 4, 7), 15)
+    model, loss = tracked_loss(case)
+    eigenvalues, vectors = torch.linalg.eigh(dense_hessian(case))
+    kept = eigenvalues.abs() > 1e-9 * eigenvalues.abs().max()
+    g = gradient(model, loss)
+    outside = vectors[:, ~kept] @ random_vector(int((~kept).sum()))
+    for part, rtol in ((1e-9, 1e-8), (1e-7, 1e-6), (1e-5, 1e-4)):
+        v = g + part * g.norm() / outside.norm() * outside
+        x = hessian_inverse_vector_product(model, loss, v, rtol=rtol)
+        expected = vectors[:, kept] @ ((vectors[:, kept].T @ v) / eigenvalues[kept])
+        assert relative(x - expected, expected) <= 10 * rtol
+
+
+def test_well_fitted_batches_keep_their_digits():
+    """λ and Λ where every π_y is nearly 1: against the same in exact arithmetic on the logits' differences."""
+    model, x, y = Case((), 6).build()
+    with torch.no_grad():
+        model.layers[0].weight.mul_(40)
+        y = model(x).argmax(1)
+    model(x, y, track_activations=True)
+    (layer,) = compute_layer_derivatives(model)
+    h = model(x).detach().numpy().astype("longdouble")
+    import numpy
+
+    e = numpy.exp(h - h.max(1, keepdims=True))
+    pi = e / e.sum(1, keepdims=True)
+    others = pi.copy()
+    others[numpy.arange(6), y.numpy()] = 0
+    exact = others / 6
+    exact[numpy.arange(6), y.numpy()] = -others.sum(1) / 6
+    assert numpy.abs(layer.adjoint.numpy() / exact - 1).max() <= 1e-11
+    s = random_vector(6, 3)
+    t = s.numpy().astype("longdouble") - s.numpy()[numpy.arange(6), y.numpy()][:, None]
+    Lambda_s = pi * (t - (pi * t).sum(1, keepdims=True)) / 6
+    assert numpy.abs(layer.output.apply(s).numpy() / Lambda_s - 1).max() <= 1e-9
 
 
 def test_symmetric_factor():
@@ -559,7 +635,7 @@ def test_nothing_outside_is_touched():
     assert alive() is None, "the model keeps the graph of the loss alive"
 
 
-def test_default_dtype_and_threads_of_control_do_not_matter():
+def test_default_dtype_and_autocast_do_not_matter():
     model, x, y = Case((6, 4), 3).build()
     loss = model(x, y, track_activations=True)
     v = random_vector(num_parameters(model))
@@ -586,15 +662,13 @@ def test_routes_are_chosen_by_counted_operations():
             assert estimate[name] == pytest.approx(counted, rel=0.15), name
 
 
-def test_lapack_rates_are_not_the_only_count():
-    """An indefinite layer is factored by LDLᵀ, counted as m³/3 like Cholesky: one attempt and one LDLᵀ at most."""
+def test_indefinite_layers_cost_one_more_factorization():
+    """A failed Cholesky and one LDLᵀ, m³/3 each at most; nothing else is paid again."""
     model, loss = tracked_loss(Case((7,) * 7, 5, inputs=7))
-    f = factorize_hessian(model, loss, 1e-3, route="sweep")
-    assert not f.is_positive_definite
+    assert not factorize_hessian(model, loss, 1e-3, route="sweep").is_positive_definite
     indefinite = counted_operations(lambda: factorize_hessian(model, loss, 1e-3, route="sweep"))
     definite = counted_operations(lambda: factorize_hessian(model, loss, 1e6, route="sweep"))
-    m = 7 * 5
-    assert definite < indefinite <= definite + 8 * (m**3 // 3)
+    assert definite < indefinite <= definite + 8 * ((7 * 5) ** 3 // 3)
 
 
 def test_sequence_of_layer_derivatives():
@@ -691,8 +765,9 @@ def test_promised_loop():
             damping = 0.0
         assert step.shape == grad.shape and not step.requires_grad
         back = hessian_vector_product(model, loss, step.double()) + damping * step.double()
-        # the step was rounded to float32 after its certificate: ‖H‖‖x‖ 6e-8 / ‖v‖
-        assert relative(back - grad.detach().double(), grad) <= 1e-7 * 300 * (step.norm() / grad.detach().norm()).item()
+        # certified in float64, then rounded to float32: 2⁻²⁴ ‖H + εI‖ ‖x‖
+        norm = spectral_norm(lambda u, m=model, n=loss: hessian_vector_product(m, n, u), step) + damping
+        assert (back - grad.detach().double()).norm() <= 2**-23 * norm * step.norm() + 1e-8 * grad.detach().norm()
 
 
 # ------------------------------------------------------------------------------------------------ wrong input
@@ -716,7 +791,8 @@ def test_wrong_batches():
     model, x, y = Case((6, 4), 3).build()
     raises(ValueError, "5 numbers a sample", model, x[:, :4])
     raises(TypeError, "x is torch.int64 and the model torch.float64", model, x.long())
-    raises(TypeError, "convert one of them", model, x.float())
+    raises(TypeError, "convert x with", model, x.float())
+    raises(ValueError, "got list", model, [[1.0] * 5])
     raises(ValueError, "needs targets", model, x, track_activations=True)
     raises(ValueError, "int64 of shape", model, x, y[:, None])
     raises(ValueError, "int64 of shape", model, x, y.int())
@@ -744,15 +820,55 @@ def test_wrong_losses():
     hessian_vector_product(model, second, v)
     model.layers[1].weight.data[0, 0] += 1e-9  # .data leaves no trace in the version counter
     raises(ValueError, "parameters changed", hessian_vector_product, model, second, v)
+    second = model(x, y, track_activations=True)
     model.layers[1].weight.requires_grad_(False)
     raises(ValueError, "frozen", hessian_vector_product, model, model(x, y, track_activations=True), v)
     model.layers[1].weight.requires_grad_(True)
     model.extra = nn.Parameter(torch.zeros(2))
-    raises(ValueError, "outside `model.layers`", hessian_vector_product, model, model(x, y, track_activations=True), v)
+    raises(ValueError, "none outside", hessian_vector_product, model, model(x, y, track_activations=True), v)
     del model.extra
+    third = model(x, y, track_activations=True)
+    model.layers[1].weight.data[:, [0, 1]] = model.layers[1].weight.data[:, [1, 0]]  # no sum or norm changes
+    raises(ValueError, "parameters changed", hessian_vector_product, model, third, v)
     infinite = model(x * math.inf, y, track_activations=True)
     raises(ValueError, "the loss is nan", hessian_vector_product, model, infinite, v)
-    raises(TypeError, "DeepMLPWithTracking", hessian_vector_product, nn.Linear(5, 3), infinite, v)
+    for function in (hessian_vector_product, hessian_inverse_vector_product, factorize_hessian):
+        raises(TypeError, "DeepMLPWithTracking", function, nn.Linear(5, 3), infinite, v)
+    raises(TypeError, "DeepMLPWithTracking", compute_layer_derivatives, nn.Linear(5, 3))
+
+
+def test_models_that_the_closed_form_does_not_describe():
+    """Never a wrong number: hooks, parametrizations, tied weights and half-written subclasses are refused."""
+
+    class Half(DeepMLPWithTracking):
+        def activate(self, index, h, z):
+            return 2 * h
+
+    def hooked(model):
+        model.layers[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+
+    def parametrized(model):
+        torch.nn.utils.parametrizations.orthogonal(model.layers[1])
+
+    def tied(model):
+        model.layers[2].weight = model.layers[1].weight
+
+    def normalized(model):
+        model.layers[1] = nn.BatchNorm1d(5)
+
+    x, y = torch.randn(4, 5), torch.randint(5, (4,))
+    for spoil, message in (
+        (hooked, "hook"),
+        (parametrized, "ParametrizedLinear"),
+        (tied, "untie"),
+        (normalized, "BatchNorm1d"),
+        (None, "override both"),
+    ):
+        model = (DeepMLPWithTracking if spoil else Half)(5, 5, 5, 2)
+        if spoil:
+            spoil(model)
+        loss = model(x, y, track_activations=True)
+        raises(ValueError, message, factorize_hessian, model, loss, 0.1)
 
 
 def test_wrong_vectors_and_options():
@@ -766,6 +882,9 @@ def test_wrong_vectors_and_options():
         raises(TypeError, "float32 or float64", function, [1.0])
         raises(ValueError, "NaN", function, v * math.nan)
         raises(ValueError, "on meta", function, v.to("meta"))
+    for damping in ("0.1", None, [0.1, "x", 1.0], torch.ones(2), [[0.1, 0.1, 0.1]]):
+        raises(ValueError, "damping must be", factorize_hessian, model, loss, damping)
+    assert factorize_hessian(model, loss, torch.full((3,), 0.5)).damping == (0.5, 0.5, 0.5)
     raises(ValueError, "rtol", f.solve, v, rtol=0.0)
     raises(ValueError, "one shape", f.residual, v, v[:, None])
     raises(ValueError, "finite", factorize_hessian, model, loss, math.nan)
@@ -787,9 +906,20 @@ def test_singular_systems_raise():
     eigenvalues, vectors = torch.linalg.eigh(dense_hessian(case))
     for route in ("sweep", "dense"):
         f = factorize_hessian(model, loss, -eigenvalues[-1].item(), route=route)
-        with pytest.raises(SingularHessianError, match="damping=") as caught:
+        with pytest.raises(SingularHessianError, match="Pass another damping") as caught:
             f.solve(vectors[:, -1])
         assert caught.value.residual > 1e-8
+    # undamped, out of range: the damping that is named works
+    v = random_vector(len(eigenvalues))
+    with pytest.raises(SingularHessianError, match="tried") as caught:
+        hessian_inverse_vector_product(model, loss, v)
+    advised = float(str(caught.value).split("Pass damping=")[1].split(" ")[0])
+    A = dense_hessian(case) + advised * torch.eye(len(v), dtype=torch.float64)
+    assert relative(A @ hessian_inverse_vector_product(model, loss, v, advised) - v, v) <= 1e-8
+    # few samples, tiny damping: the dense route is named, and works
+    with pytest.raises(SingularHessianError, match="route='dense'"):
+        factorize_hessian(model, loss, 1e-8, route="sweep").solve(v)
+    factorize_hessian(model, loss, 1e-8, route="dense").solve(v)
     # what float64 can't reach names an rtol that does
     f = factorize_hessian(model, loss, 1e-4, route="sweep")
     v = random_vector(len(eigenvalues))
@@ -846,6 +976,81 @@ print(f.route, f.residual(f.solve(v), v).item(), resource.getrusage(resource.RUS
     assert int(peak) * (1 if sys.platform == "darwin" else 1024) < 5e9
 
 
+def write_small_cifar10(folder: Path, monkeypatch) -> None:
+    """A CIFAR-10 folder in the true on-disk format, 20 images a batch, its checksums given to torchvision."""
+    import hashlib
+
+    from torchvision.datasets import CIFAR10
+
+    base = folder / CIFAR10.base_folder
+    base.mkdir(parents=True)
+
+    def write(name: str, content: dict) -> list[str]:
+        data = pickle.dumps(content)
+        (base / name).write_bytes(data)
+        return [name, hashlib.md5(data).hexdigest()]
+
+    generator = torch.Generator().manual_seed(0)
+    entries = []
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        pixels = torch.randint(256, (20, 3072), generator=generator, dtype=torch.uint8).numpy()
+        entries.append(write(name, {"data": pixels, "labels": [i % 10 for i in range(20)]}))
+    name, checksum = write("batches.meta", {"label_names": [f"class {i}" for i in range(10)]})
+    monkeypatch.setattr(CIFAR10, "train_list", entries[:5])
+    monkeypatch.setattr(CIFAR10, "test_list", entries[5:])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": checksum})
+
+
+def test_demo_on_cifar10_and_its_failures(tmp_path, monkeypatch, capsys):
+    import simple_example
+
+    data, out = tmp_path / "data", tmp_path / "out"
+    flags = ["--data-dir", str(data), "--out-dir", str(out), "--seconds", "2", "--steps", "2", "--samples", "30"]
+    monkeypatch.setattr(simple_example, "PROBE_SECONDS", 0.05)
+    write_small_cifar10(data, monkeypatch)
+    assert simple_example.main([*flags, "--data", "cifar10", "--batch-size", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "CIFAR-10: 30 training images, batches of 8; 3072" in printed and " won, " in printed
+    assert (out / "loss.png").stat().st_size > 5000
+    # a truncated file, and an archive that a broken download left
+    (data / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"cut")
+    assert simple_example.main([*flags, "--data", "auto"]) == 1
+    assert "cifar-10-batches-py is partial or corrupt: delete it" in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "cifar-10-python.tar.gz").write_bytes(b"cut")
+    assert simple_example.main([*flags, "--data-dir", str(tmp_path / "other")]) == 1
+    assert "cifar-10-python.tar.gz is partial or corrupt" in capsys.readouterr().err
+
+    # no network
+    def refuse(url: str) -> None:
+        raise simple_example.NoNetworkError("no route")
+
+    monkeypatch.setattr(simple_example, "check_network", refuse)
+    flags[1] = str(tmp_path / "none")
+    assert simple_example.main([*flags, "--data", "cifar10"]) == 1
+    assert "can't be downloaded (no route)" in capsys.readouterr().err
+    assert simple_example.main(flags) == 0
+    assert "running on scikit-learn's 8×8 digits" in capsys.readouterr().out
+    assert simple_example.main([*flags, "--data", "digits", "--samples", "10000"]) == 1
+    assert "digits has 1437 training images" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert simple_example.main([*flags, "--data", "digits", "--out-dir", str(tmp_path / "file")]) == 1
+    with pytest.raises(SystemExit) as caught:
+        simple_example.main(["--samples", "0"])
+    assert caught.value.code == 2
+
+
+def test_network_check_gives_up(monkeypatch):
+    import time
+
+    import simple_example
+
+    monkeypatch.setattr(simple_example, "DOWNLOAD_TIMEOUT", 0.1)
+    monkeypatch.setattr(simple_example.urllib.request, "urlopen", lambda *_, **__: time.sleep(1))
+    with pytest.raises(simple_example.NoNetworkError, match="no answer in 0.1 s"):
+        simple_example.check_network("http://localhost")
+
+
 def code_blocks(name: str) -> list[str]:
     return [part.split("```")[0] for part in (HERE / name).read_text().split("```python\n")[1:]]
 
@@ -864,7 +1069,8 @@ def test_public_names_are_documented():
     for name in hessian.__all__:
         item = getattr(hessian, name)
         assert name in (HERE / "USAGE.md").read_text() or name in (HERE / "README.md").read_text(), name
-        assert not callable(item) or item.__doc__, name
+        if isinstance(item, type) or callable(item):
+            assert len(item.__doc__ or "") > 40, name
 
 
 if __name__ == "__main__":

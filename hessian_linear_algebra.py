@@ -67,7 +67,7 @@ def factor_symmetric(G: Tensor) -> SymmetricFactor | None:
     """Factor G (m, m), of which the lower triangle is read; None where a pivot is exactly zero."""
     lower, info = torch.linalg.cholesky_ex(G)
     none = torch.empty(0, dtype=torch.long, device=G.device)
-    if int(info) == 0:  # the one host synchronization of a layer: whether a Cholesky factor exists ⇔ G ≻ 0
+    if int(info) == 0:  # a Cholesky factor exists ⇔ G ≻ 0; asking costs a host synchronization
         return SymmetricFactor(lower, None, none, G.new_empty(0, 1), G.new_empty(0, 1), None, None)
     packed, pivots, info = torch.linalg.ldl_factor_ex(G)
     if int(info) != 0:
@@ -141,6 +141,13 @@ def column_norms(v: Tensor) -> Tensor:
     return torch.linalg.vector_norm(v, dim=0)
 
 
+def unit_columns(v: Tensor) -> tuple[Tensor, Tensor]:
+    """v with columns of largest entry 1, and what they were divided by, so that no square under- or overflows."""
+    scale = v.abs().amax(0)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return v / scale, scale
+
+
 def refine(
     product: Callable[[Tensor], Tensor],
     precondition: Callable[[Tensor], Tensor],
@@ -150,14 +157,16 @@ def refine(
     target: float = 0.0,
     null: float = 0.0,
 ) -> Refined:
-    """Refine `precondition`(v) towards A x = v, all columns at once, until the residual stops falling or is `target`.
+    """Refine `precondition`(v) towards A x = v, all columns at once, until the residual meets `target` or stalls.
 
     GCR: each correction is scaled, and combined with the earlier ones, so that the residual is as small as can be. With
-    a good factorization a step is one of iterative refinement; where refinement would contract slowly or diverge, it
-    is a Krylov method. The residual is recomputed from x after each step; a step that doesn't lower it is dropped.
+    a good factorization a step is one of iterative refinement; where refinement would contract slowly or diverge,
+    it is a Krylov method. The residual is that of x, by a product, after each step; a step that doesn't lower it is
+    dropped. Above `rtol`, slow progress goes on.
     """
     if v.shape[1] == 0:
         return Refined(v, v.new_zeros(0))
+    v, scale = unit_columns(v)
     norm = column_norms(v)
     norm = torch.where(norm > 0, norm, 1.0)
     x, r, directions = torch.zeros_like(v), v, []
@@ -176,6 +185,7 @@ def refine(
         z, w = z / length, w / length
         step = (w * r).sum(0)
         candidate = x + step * z
+        # from x = 0, A x is step · w itself
         candidate_r = v - product(candidate) if len(history) > 1 else r - step * w
         better = column_norms(candidate_r) / norm < residual  # False for NaN
         x, r = torch.where(better, candidate, x), torch.where(better, candidate_r, r)
@@ -190,8 +200,11 @@ def refine(
             falling |= residual > rtol
         if not bool((falling & (residual > floor) & (residual > target)).any()):
             break
-        directions = [*directions, (z, w)][-_MAX_DIRECTIONS:] if bool(better.any()) else []
-    return Refined(x, residual)
+        improved = bool(better.any())
+        if not improved and not directions:
+            break  # the next step would be the same
+        directions = [*directions, (z, w)][-_MAX_DIRECTIONS:] if improved else []
+    return Refined(x * scale, residual)
 
 
 def spectral_norm(product: Callable[[Tensor], Tensor], like: Tensor) -> float:
@@ -226,9 +239,11 @@ def minimum_norm(
     Outer: GCR on A, preconditioned by (A + δI)⁻¹ with a small shift δ, which leaves the range of A invariant. Inner:
     each of these solves is itself refined on A + δI, since rounding in the null space, which A can't see, is
     amplified by 1/δ; and the outer iteration stops short of the rounding level, where a residual is null-space noise.
+    A part of v outside the range, if rtol lets it pass, is amplified likewise; x is freed of it at the end.
     """
     if not bool(v.any()):
         return MinimumNorm(torch.zeros_like(v), v.new_zeros(v.shape[1]), 0.0, None)
+    v, scale = unit_columns(v)
     norm, tried = spectral_norm(product, v), []
     norm = norm if norm > 0 else 1.0  # A = 0: any shift shows that v is outside its range
     for shift in _SHIFTS:
@@ -237,14 +252,25 @@ def minimum_norm(
         def precondition(r: Tensor, shifted: Shifted = shifted) -> Tensor:
             return refine(shifted._product, shifted._direct, r, rtol).x
 
-        x, residual = refine(product, precondition, v, rtol, target=0.01 * rtol, null=NULL * norm)
-        worst, column = residual.max(0)
-        if bool(worst <= rtol):
-            return MinimumNorm(x, residual, math.nan, shifted)
-        r = v[:, column, None] - product(x[:, column, None])
-        for _ in range(2):  # δ(A + δI)⁻¹ leaves what lies where |μ| ≲ δ
-            r = shift * norm * precondition(r)
-        tried.append(MinimumNorm(x, residual, float(column_norms(product(r)) / column_norms(r)) / norm, shifted))
-        if tried[-1].curvature < NULL:
+        def near_null(y: Tensor, solve: Callable = precondition, delta: float = shift * norm) -> Tensor:
+            return delta * solve(delta * solve(y))  # (δ(A + δI)⁻¹)² leaves what lies where |μ| ≲ δ
+
+        def solve_range(y: Tensor, solve: Callable = precondition) -> Refined:
+            return refine(product, solve, y, rtol, target=0.01 * rtol, null=NULL * norm)
+
+        x, residual = solve_range(v)
+        if bool((residual <= rtol).all()):
+            # x − (null-space part of x): take out all that is near it, and solve for what A sees of that
+            near = near_null(x)
+            cleaned = x - near + solve_range(product(near)).x
+            cleaned_residual = column_norms(v - product(cleaned)) / torch.where(v.any(0), column_norms(v), 1.0)
+            x = torch.where(cleaned_residual <= rtol, cleaned, x)
+            residual = torch.where(cleaned_residual <= rtol, cleaned_residual, residual)
+            return MinimumNorm(x * scale, residual, math.nan, shifted)
+        column = residual.argmax()
+        r = near_null(v[:, column, None] - product(x[:, column, None]))
+        curvature = float(column_norms(product(r)) / column_norms(r)) / norm
+        tried.append(MinimumNorm(x * scale, residual, curvature, shifted))
+        if curvature < NULL:
             break
     return min(tried, key=lambda found: float(found.residual.max()))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from linear_algebra import subtract_gram
+from hessian_linear_algebra import subtract_gram
 
 if TYPE_CHECKING:
     from hessian import LayerDerivatives
@@ -16,11 +16,13 @@ _CHUNK_BYTES = 2**28  # the couplings of so many classes are formed at a time
 
 
 class ManyClassPivot(NamedTuple):
-    """The last layer's pivot for many classes: G = blockdiag(D_c) − U Uᵀ, D_c = εI + Rᵀ A_c R, A_c = diag_b Λ_b[c, c].
+    """The last layer's pivot for many classes: G = blockdiag(D_c) − U Uᵀ, D_c = εI + Rᵀ A_c R.
 
-    U[(q, c), b] = R[b, q] u[b, c]. The direction that adds the same row to every class has neither curvature nor
-    coupling, so it is solved as q̄/ε first; Woodbury's identity, its capacitance I − UᵀD⁻¹U formed without cancellation,
-    works on the zero-sum rest. Without a rank-one term in Λ (mse) the blocks are all. B stays structured.
+
+    A_c = diag_b(d[b, c]) and U[(q, c), b] = R[b, q] u[b, c], by Λ_b = diag(d_b) − u_b u_bᵀ. The direction that adds the
+    same row to every class has neither curvature nor coupling, so it is solved as q̄/ε first; Woodbury's identity,
+    its capacitance I − UᵀD⁻¹U formed without cancellation, works on the zero-sum rest. Without a rank-one term in Λ
+    (mse) the blocks are all. B stays structured.
     """
 
     layer: LayerDerivatives
@@ -38,10 +40,11 @@ class ManyClassPivot(NamedTuple):
         values, vectors = torch.linalg.eigh(scaled.mT @ scaled)
         capacitance = None
         if layer.output.rank_one is not None:
-            # I − UᵀD⁻¹U = N Σ_c A_c^½ (I + A_c^½ R Rᵀ A_c^½/ε)⁻¹ A_c^½, since Σ_c A_c = I/N
+            # I − UᵀD⁻¹U = w (Σ_c A_c^½ (I + A_c^½ R Rᵀ A_c^½/ε)⁻¹ A_c^½) w, w = (Σ_c A_c)^−½, since u_c = w A_c
             gram, rotation = torch.linalg.eigh(scaled @ scaled.mT)  # (C, N), (C, N, N)
             inverse = (rotation / (1 + gram / damping)[:, None, :]) @ rotation.mT
-            capacitance = tuple(torch.linalg.eigh(len(reduced) * (root * inverse * root.mT).sum(0)))
+            w = layer.output.diagonal.sum(1).rsqrt()  # (N,)
+            capacitance = tuple(torch.linalg.eigh(w[:, None] * (root * inverse * root.mT).sum(0) * w))
         return cls(layer, basis, reduced, damping, vectors, values + damping, capacitance)
 
     def _solve(self, q: Tensor) -> Tensor:
