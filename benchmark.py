@@ -227,7 +227,8 @@ def layers(args: argparse.Namespace) -> None:
 def shapes(args: argparse.Namespace) -> None:
     """The shapes of ImageNet, and a whole training step's share: forward and backward beside the certified solve."""
     lines = [
-        "| inputs, width, classes, layers, N | P | certified, seconds | its residual | forward and backward, ms | ratio |",
+        "| inputs, width, classes, layers, N | P | certified, seconds | its residual | forward and backward, ms "
+        "| ratio |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     sizes = [(784, 128, 10, 20, 8), (150_528, 64, 10, 4, 8), (64, 64, 1000, 4, 32)]

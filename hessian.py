@@ -65,6 +65,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hessian_activations import ACTIVATIONS, Activation, initialize
+from hessian_checks import (
+    check_layers,
+    check_loss,
+    check_targets,
+    checked_damping,
+    checked_rtol,
+    checked_vector,
+    equal,
+)
 from hessian_linear_algebra import (
     NULL,
     UNIT_ROUNDOFF,
@@ -215,7 +224,7 @@ class DeepMLPWithTracking(nn.Module):
             if track_activations:
                 raise ValueError("track_activations=True needs targets: call model(x, y, track_activations=True)")
             return logits
-        self._check_targets(logits, targets, values=track_activations)
+        check_targets(self, logits, targets, values=track_activations)
         loss = self._loss(logits, targets)
         if track_activations:
             if loss.device.type == "mps":
@@ -229,31 +238,6 @@ class DeepMLPWithTracking(nn.Module):
             return F.mse_loss(logits, targets)
         # the default ignore_index, −100, would leave samples out of the mean: every index must be a class
         return F.cross_entropy(logits, targets, ignore_index=-(2**62))
-
-    def _check_targets(self, logits: Tensor, targets: Tensor, values: bool) -> None:
-        indices = self.loss == "cross_entropy" and not targets.is_floating_point()
-        shape, dtype = (logits.shape[:1], torch.long) if indices else (logits.shape, self.layers[0].weight.dtype)
-        if targets.shape != shape or targets.dtype != dtype:
-            kind = "class indices" if indices else "targets" if self.loss == "mse" else "class probabilities"
-            raise ValueError(
-                f"{kind} must be {dtype} of shape {tuple(shape)}, got {targets.dtype} of shape {tuple(targets.shape)}"
-            )
-        if not values:  # what depends on the data is looked at in tracked calls only
-            return
-        if len(logits) == 0:
-            raise ValueError("the batch is empty: the mean loss of no samples has no Hessian")
-        if indices and bool(((targets < 0) | (targets >= self.num_classes)).any()):
-            raise ValueError(
-                f"class indices must lie in 0 … {self.num_classes - 1}, got {targets.min()} … {targets.max()}; "
-                "drop samples to be ignored before the call"
-            )
-        if self.loss == "cross_entropy" and not indices:
-            off, tolerance = (targets.double().sum(1) - 1).abs().max(), max(1e-4, torch.finfo(dtype).eps)
-            if not bool((targets >= 0).all() & (off <= tolerance)):
-                raise ValueError(
-                    "rows of class probabilities must be ≥ 0 and sum to 1: a row sum is off by "
-                    f"{off:.2g}, the smallest entry is {targets.min():.6g}"
-                )
 
     def __getstate__(self) -> dict:
         # a copy has no tracked loss of its own: weak references neither copy nor pickle
@@ -315,7 +299,7 @@ def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivati
         raise TypeError(f"model must be a DeepMLPWithTracking, got {type(model).__name__}: see USAGE.md to convert one")
     if model._tracked is None:
         raise ValueError("no loss was tracked: call model(x, y, track_activations=True) first")
-    _check_layers(model)
+    check_layers(model, DeepMLPWithTracking)
     # forward: z̃, h
     z, targets = model._tracked.inputs.to(torch.float64), model._tracked.targets
     weights, inputs, pre_activations = [], [], []
@@ -326,7 +310,7 @@ def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivati
         pre_activations.append(h)
         if index + 1 < len(model.layers):
             z = model.activate(index, h, z)
-    _check_loss(model, h)
+    check_loss(model, h)
     # the loss in the logits: λ_L and Λ
     N, C = h.shape
     if model.loss == "mse":
@@ -371,42 +355,9 @@ def _checked_derivatives(model: DeepMLPWithTracking, loss: Tensor) -> tuple[Laye
     if not bool(torch.isfinite(loss)):
         raise ValueError(f"the loss is {loss.item()}: look for overflow in the inputs or the parameters")
     parameters = list(model.parameters())
-    if len(parameters) != len(tracked.parameters) or not all(map(_equal, parameters, tracked.parameters)):
+    if len(parameters) != len(tracked.parameters) or not all(map(equal, parameters, tracked.parameters)):
         raise ValueError("the parameters changed since the loss was tracked: call the model on the batch again")
     return compute_layer_derivatives(model)
-
-
-def _equal(p: Tensor, q: Tensor) -> bool:
-    return p.dtype == q.dtype and p.device == q.device and torch.equal(p, q)
-
-
-def _check_layers(model: DeepMLPWithTracking) -> None:
-    """That the parameters are those of plain Linear layers, each with its own, in the order of `_blocks`."""
-    found = [p for linear in model.layers for p in (linear.weight, linear.bias) if p is not None]
-    if any(type(linear) is not nn.Linear for linear in model.layers):
-        kinds = ", ".join(sorted({type(linear).__name__ for linear in model.layers} - {"Linear"}))
-        raise ValueError(f"`model.layers` must hold plain nn.Linear only, got {kinds}: replace what is not")
-    if list(map(id, found)) != list(map(id, model.parameters())):
-        raise ValueError(
-            "the parameters must be those of `model.layers`, none shared and none outside: untie shared weights, and "
-            "make other parameters buffers"
-        )
-    overridden = type(model).activate is not DeepMLPWithTracking.activate
-    if overridden and type(model).activation_derivatives is DeepMLPWithTracking.activation_derivatives:
-        raise ValueError(f"{type(model).__name__} overrides `activate` but not `activation_derivatives`: override both")
-
-
-def _check_loss(model: DeepMLPWithTracking, logits: Tensor) -> None:
-    """That the closed-form network is the one that gave the tracked loss: no hook, no overridden forward."""
-    tracked = model._tracked
-    targets = tracked.targets.double() if tracked.targets.is_floating_point() else tracked.targets
-    loss = model._loss(logits, targets)
-    tolerance = math.sqrt(torch.finfo(tracked.value.dtype).eps) if not tracked.autocast else 0.1
-    if not bool((loss - tracked.value).abs() <= tolerance * (1 + loss.abs())):
-        raise ValueError(
-            f"the tracked loss is {tracked.value.item():.8g}, that of the plain layers {loss.item():.8g}: is there a "
-            "hook, a changed buffer, another activation, or an overridden forward? The solve can't see those"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------- products
@@ -474,23 +425,8 @@ def hessian_vector_product(model: DeepMLPWithTracking, loss: Tensor, v: Tensor) 
     Raises ValueError or TypeError for a loss or a v that doesn't fit; nothing outside is touched.
     """
     layers = _checked_derivatives(model, loss)
-    columns = _checked_vector(v, sum(p.numel() for p in model.parameters()), layers[0].weight.device)
+    columns = checked_vector(v, sum(p.numel() for p in model.parameters()), layers[0].weight.device)
     return _product(layers, columns).reshape(v.shape).to(v.dtype)
-
-
-@torch.no_grad()
-def _checked_vector(v: Tensor, num_parameters: int, device: torch.device) -> Tensor:
-    """v as (P, k) in float64, detached."""
-    if not isinstance(v, Tensor) or v.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"v must be a float32 or float64 tensor, got {getattr(v, 'dtype', type(v).__name__)}")
-    if v.dim() not in (1, 2) or v.shape[0] != num_parameters:
-        raise ValueError(f"v must have shape ({num_parameters},) or ({num_parameters}, k), got {tuple(v.shape)}")
-    if v.device != device:
-        raise ValueError(f"v is on {v.device} and the model on {device}: move v with v.to({str(device)!r})")
-    v = v.detach().to(torch.float64)
-    if not bool(torch.isfinite(v).all()):
-        raise ValueError("v has entries that are NaN or infinite")
-    return v[:, None] if v.dim() == 1 else v
 
 
 # ---------------------------------------------------------------------------------------- one layer eliminated
@@ -765,10 +701,10 @@ class HessianFactorization:
         reached, and an rtol and (where two trials find one) a damping that will do. rtol=None: one direct sweep, no
         product, nothing checked. Cost: O(Σ m² + m n′) a column and a sweep, two or three sweeps as a rule.
         """
-        columns = _checked_vector(v, self.num_parameters, self._layers[0].weight.device)
+        columns = checked_vector(v, self.num_parameters, self._layers[0].weight.device)
         if rtol is None:
             return self._direct(columns).reshape(v.shape).to(v.dtype)
-        x, residual = self._refined(columns, _checked_rtol(rtol))
+        x, residual = self._refined(columns, checked_rtol(rtol))
         if bool((residual <= rtol).all()):
             return x.reshape(v.shape).to(v.dtype)
         worst, column = residual.max(0)
@@ -790,7 +726,7 @@ class HessianFactorization:
         """‖(H + εI)x − v‖/‖v‖ in float64 by an exact product: () for x and v of shape (P,), (k,) for (P, k)."""
         if x.shape != v.shape:
             raise ValueError(f"x and v must have one shape, got {tuple(x.shape)} and {tuple(v.shape)}")
-        x_columns, columns = (_checked_vector(y, self.num_parameters, self._layers[0].weight.device) for y in (x, v))
+        x_columns, columns = (checked_vector(y, self.num_parameters, self._layers[0].weight.device) for y in (x, v))
         unit, scale = unit_columns(columns)
         error = column_norms(unit - self._product(x_columns / scale))
         norm = column_norms(unit)
@@ -826,12 +762,6 @@ class HessianFactorization:
                 advice = f"Pass {name} (tried: it reaches {residual.max():.0e})"
                 break
         return advice + (f", or rtol={2 * worst:.1e} to accept this answer" if worst < 0.4 else "")
-
-
-def _checked_rtol(rtol: float) -> float:
-    if rtol is None or not 0 < rtol < 1:
-        raise ValueError(f"rtol must lie between 0 and 1, got {rtol!r} (None, unchecked, is for `.solve` alone)")
-    return rtol
 
 
 def _damping_vector(layers: Sequence[LayerDerivatives], epsilons: Sequence[float]) -> Tensor:
@@ -891,7 +821,7 @@ def factorize_hessian(
     singular pivot. Not checked: a pivot that is merely small; `.solve` checks its answer.
     """
     layers = _checked_derivatives(model, loss)
-    damping = _checked_damping(damping, len(layers))
+    damping = checked_damping(damping, len(layers))
     if curvature not in ("hessian", "gauss_newton"):
         raise ValueError(f"unknown curvature {curvature!r}: choose 'hessian' or 'gauss_newton'")
     if route not in ("auto", "sweep", "dense"):
@@ -901,18 +831,6 @@ def factorize_hessian(
             x._replace(adjoint=torch.zeros_like(x.adjoint), curvature=torch.zeros_like(x.curvature)) for x in layers
         )
     return _factorize(layers, damping, curvature, route)
-
-
-def _checked_damping(damping: float | Sequence[float], num_layers: int) -> Damping:
-    try:
-        values = torch.as_tensor(damping, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        values = torch.tensor(math.nan)
-    if values.shape not in ((), (num_layers,)) or not bool(torch.isfinite(values).all()):
-        raise ValueError(
-            f"damping must be a finite number, or one for each of the {num_layers} layers, got {damping!r}"
-        )
-    return values.item() if values.dim() == 0 else tuple(values.tolist())
 
 
 @torch.no_grad()
@@ -927,11 +845,11 @@ def hessian_inverse_vector_product(
     range, or where the residual can't be reached in float64; the message names a damping that works.
     """
     layers = _checked_derivatives(model, loss)
-    damping, rtol = _checked_damping(damping, len(layers)), _checked_rtol(rtol)
+    damping, rtol = checked_damping(damping, len(layers)), checked_rtol(rtol)
     if damping != 0 and any(damping if isinstance(damping, tuple) else (damping,)):
         return _factorize(layers, damping, "hessian", "auto").solve(v, rtol=rtol)
     num_parameters = sum(p.numel() for p in model.parameters())
-    columns = _checked_vector(v, num_parameters, layers[0].weight.device)
+    columns = checked_vector(v, num_parameters, layers[0].weight.device)
     found = minimum_norm(
         lambda y: _product(layers, y),
         lambda shift: _factorize(layers, shift, "hessian", "auto"),

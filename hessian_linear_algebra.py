@@ -194,6 +194,8 @@ def refine(
         # no solver gets below u ‖A‖ ‖x‖ / ‖v‖; ‖A‖ from below, by the products seen
         floor = UNIT_ROUNDOFF * largest * column_norms(x) / norm
         falling = residual < 0.5 * history[-2]
+        if len(history) > 2:  # a rate that breaks down below rtol has met rounding: one more step would only show it
+            falling &= (residual > rtol) | (residual * history[-3] < 100 * history[-2] ** 2)
         if len(history) > _PATIENCE:
             falling |= (residual > rtol) & (residual < 0.5 * history[-1 - _PATIENCE])
         else:
@@ -256,13 +258,13 @@ def minimum_norm(
             return delta * solve(delta * solve(y))  # (δ(A + δI)⁻¹)² leaves what lies where |μ| ≲ δ
 
         def solve_range(y: Tensor, solve: Callable = precondition) -> Refined:
-            return refine(product, solve, y, rtol, target=0.01 * rtol, null=NULL * norm)
+            return refine(product, solve, y, rtol, target=1e-4 * rtol, null=NULL * norm)
 
         x, residual = solve_range(v)
         if bool((residual <= rtol).all()):
-            # x − (null-space part of x): take out all that is near it, and solve for what A sees of that
-            near = near_null(x)
-            cleaned = x - near + solve_range(product(near)).x
+            # take out all of x that is near the null space, and solve for what A sees of that, and of what is left of v
+            near, r = near_null(x), v - product(x)
+            cleaned = x - near + solve_range(product(near) + r - near_null(r)).x
             cleaned_residual = column_norms(v - product(cleaned)) / torch.where(v.any(0), column_norms(v), 1.0)
             x = torch.where(cleaned_residual <= rtol, cleaned, x)
             residual = torch.where(cleaned_residual <= rtol, cleaned_residual, residual)

@@ -12,6 +12,7 @@ import functools
 import gc
 import io
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -252,7 +253,7 @@ def test_scaling_is_linear():
         kept.append(reachable_bytes(factorize_hessian(model, loss, 1e6, route="sweep")))
     assert kept[1] - kept[0] == (kept[2] - kept[1]) / 2 == (kept[3] - kept[2]) / 4
     low, middle, high = (peak_bytes(num_layers) for num_layers in (40, 80, 120))
-    assert high - middle == pytest.approx(middle - low, rel=0.2)
+    assert 0 < high - middle <= 1.3 * (middle - low)  # quadratic growth: 1.67
 
 
 def reachable_bytes(*roots) -> int:
@@ -277,7 +278,10 @@ def peak_bytes(num_layers: int) -> int:
         "factorize_hessian(model, loss, 0.1, route='sweep').solve(random_vector(num_parameters(model)))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))"
     )
-    return int(subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, check=True).stdout)
+    # glibc: give freed arrays back at once, or the peak measures fragmentation
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", code]
+    return int(subprocess.run(command, cwd=HERE, env=environment, capture_output=True, check=True).stdout)
 
 
 @pytest.mark.parametrize("scale", [0.001, 1.0, 1000.0])
@@ -486,7 +490,7 @@ def test_undamped_answer_has_minimum_norm():
         v = g + part * g.norm() / outside.norm() * outside
         x = hessian_inverse_vector_product(model, loss, v, rtol=rtol)
         expected = vectors[:, kept] @ ((vectors[:, kept].T @ v) / eigenvalues[kept])
-        assert relative(x - expected, expected) <= 10 * rtol
+        assert relative(x - expected, expected) <= 1e-7
 
 
 def test_well_fitted_batches_keep_their_digits():

@@ -1,0 +1,106 @@
+"""What hessian.py refuses, and in which words: each message says what came, what was expected, and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from hessian import Damping, DeepMLPWithTracking
+
+
+def check_targets(model: DeepMLPWithTracking, logits: Tensor, targets: Tensor, values: bool) -> None:
+    """Shape and dtype of targets; where `values`, in tracked calls, what depends on the data too."""
+    indices = model.loss == "cross_entropy" and not targets.is_floating_point()
+    shape, dtype = (logits.shape[:1], torch.long) if indices else (logits.shape, model.layers[0].weight.dtype)
+    if targets.shape != shape or targets.dtype != dtype:
+        kind = "class indices" if indices else "targets" if model.loss == "mse" else "class probabilities"
+        raise ValueError(
+            f"{kind} must be {dtype} of shape {tuple(shape)}, got {targets.dtype} of shape {tuple(targets.shape)}"
+        )
+    if not values:
+        return
+    if len(logits) == 0:
+        raise ValueError("the batch is empty: the mean loss of no samples has no Hessian")
+    if indices and bool(((targets < 0) | (targets >= model.num_classes)).any()):
+        raise ValueError(
+            f"class indices must lie in 0 … {model.num_classes - 1}, got {targets.min()} … {targets.max()}; "
+            "drop samples to be ignored before the call"
+        )
+    if model.loss == "cross_entropy" and not indices:
+        off, tolerance = (targets.double().sum(1) - 1).abs().max(), max(1e-4, torch.finfo(dtype).eps)
+        if not bool((targets >= 0).all() & (off <= tolerance)):
+            raise ValueError(
+                "rows of class probabilities must be ≥ 0 and sum to 1: a row sum is off by "
+                f"{off:.2g}, the smallest entry is {targets.min():.6g}"
+            )
+
+
+def equal(p: Tensor, q: Tensor) -> bool:
+    return p.dtype == q.dtype and p.device == q.device and torch.equal(p, q)
+
+
+def check_layers(model: DeepMLPWithTracking, base: type) -> None:
+    """That the parameters are those of plain Linear layers, each with its own, in the order of `model.layers`."""
+    found = [p for linear in model.layers for p in (linear.weight, linear.bias) if p is not None]
+    if any(type(linear) is not nn.Linear for linear in model.layers):
+        kinds = ", ".join(sorted({type(linear).__name__ for linear in model.layers} - {"Linear"}))
+        raise ValueError(f"`model.layers` must hold plain nn.Linear only, got {kinds}: replace what is not")
+    if list(map(id, found)) != list(map(id, model.parameters())):
+        raise ValueError(
+            "the parameters must be those of `model.layers`, none shared and none outside: untie shared weights, and "
+            "make other parameters buffers"
+        )
+    overridden = type(model).activate is not base.activate
+    if overridden and type(model).activation_derivatives is base.activation_derivatives:
+        raise ValueError(f"{type(model).__name__} overrides `activate` but not `activation_derivatives`: override both")
+
+
+def check_loss(model: DeepMLPWithTracking, logits: Tensor) -> None:
+    """That the closed-form network is the one that gave the tracked loss: no hook, no overridden forward."""
+    tracked = model._tracked
+    targets = tracked.targets.double() if tracked.targets.is_floating_point() else tracked.targets
+    loss = model._loss(logits, targets)
+    tolerance = math.sqrt(torch.finfo(tracked.value.dtype).eps) if not tracked.autocast else 0.1
+    if not bool((loss - tracked.value).abs() <= tolerance * (1 + loss.abs())):
+        raise ValueError(
+            f"the tracked loss is {tracked.value.item():.8g}, that of the plain layers {loss.item():.8g}: is there a "
+            "hook, a changed buffer, another activation, or an overridden forward? The solve can't see those"
+        )
+
+
+@torch.no_grad()
+def checked_vector(v: Tensor, num_parameters: int, device: torch.device) -> Tensor:
+    """v as (P, k) in float64, detached."""
+    if not isinstance(v, Tensor) or v.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"v must be a float32 or float64 tensor, got {getattr(v, 'dtype', type(v).__name__)}")
+    if v.dim() not in (1, 2) or v.shape[0] != num_parameters:
+        raise ValueError(f"v must have shape ({num_parameters},) or ({num_parameters}, k), got {tuple(v.shape)}")
+    if v.device != device:
+        raise ValueError(f"v is on {v.device} and the model on {device}: move v with v.to({str(device)!r})")
+    v = v.detach().to(torch.float64)
+    if not bool(torch.isfinite(v).all()):
+        raise ValueError("v has entries that are NaN or infinite")
+    return v[:, None] if v.dim() == 1 else v
+
+
+def checked_damping(damping: float | Sequence[float], num_layers: int) -> Damping:
+    try:
+        values = torch.as_tensor(damping, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        values = torch.tensor(math.nan)
+    if values.shape not in ((), (num_layers,)) or not bool(torch.isfinite(values).all()):
+        raise ValueError(
+            f"damping must be a finite number, or one for each of the {num_layers} layers, got {damping!r}"
+        )
+    return values.item() if values.dim() == 0 else tuple(values.tolist())
+
+
+def checked_rtol(rtol: float) -> float:
+    if rtol is None or not 0 < rtol < 1:
+        raise ValueError(f"rtol must lie between 0 and 1, got {rtol!r} (None, unchecked, is for `.solve` alone)")
+    return rtol
