@@ -78,7 +78,7 @@ def initialize(layers: Sequence[nn.Linear], skips: Sequence[float], activation: 
 
     # where spread(q)/q grows with q, a sample of larger norm is amplified at every layer: start small enough
     variance = 1.0  # of h over units and samples
-    while depth * math.log(spread(1.1 * variance) / spread(variance) / 1.1) > 0.5 * math.log(1.1):
+    while depth * math.log(spread(1.1 * variance) / spread(variance) / 1.1) > 0.25 * math.log(1.1):
         variance /= 1.5
     gain, variance = math.sqrt(variance), 1.0  # of the next layer's weights; of its inputs
     branch_gain = (slope(1.0) * max(sum(skips), 1)) ** -0.5
