@@ -116,8 +116,8 @@ _DENSE_TRIAL = 3000  # a failed solve tries the dense route for its error messag
 class SingularHessianError(torch.linalg.LinAlgError):
     """H + εI is singular, or v can't be reached to `rtol`. Carries what is known; the message says what to change.
 
-    layer: 1 … L, the layer whose pivot is singular, or None. damping: as asked for. residual: the largest relative
-    residual ‖(H + εI)x − v‖/‖v‖ over the columns, the best that was reached, or None where nothing was solved.
+    layer: 1 … L, the layer whose pivot is singular, or None. damping: as asked for, or that layer's. residual: the best
+    relative residual ‖(H + εI)x − v‖/‖v‖ reached, the largest over the columns, or None where nothing was solved.
     """
 
     def __init__(self, message: str, *, layer: int | None = None, damping=None, residual: float | None = None):
