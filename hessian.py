@@ -818,7 +818,9 @@ def factorize_hessian(
     Cost: Σ m³/3 + m²n′ + 2m n′² operations (the last halved where n′ is large) and the structured products of lower
     order; Σ m² + m n′ numbers kept; m = a·min(N, d), n′ = N a′.
     Raises ValueError or TypeError for a loss or a damping that doesn't fit, SingularHessianError for an exactly
-    singular pivot. Not checked: a pivot that is merely small; `.solve` checks its answer.
+    singular pivot. Not checked: a pivot that is merely small. `.solve` checks its answer, but inertia and determinant
+    are as good as the pivots: with fewer samples than the width and ε far below 1e-4 (seen at 1e-8, where `.solve`
+    raised or refined slowly), eigenvalues of H near −ε can be counted on the wrong side; `route='dense'` then decides.
     """
     layers = _checked_derivatives(model, loss)
     damping = checked_damping(damping, len(layers))

@@ -761,7 +761,7 @@ def test_promised_loop():
         grad = torch.cat([p.grad.flatten() for p in model.parameters()])
         try:
             step = hessian_inverse_vector_product(model, loss, grad)
-        except Exception as error:  # as users' code does
+        except Exception as error:  # the promise under test: users' broad except still catches the error
             assert isinstance(error, SingularHessianError)
             damping = float(str(error).split("damping=")[1].split(" ")[0])
             step = hessian_inverse_vector_product(model, loss, grad, damping=damping)
