@@ -36,6 +36,11 @@ Each G is factored as F Σ Fᵀ, Σ = ±1: by Cholesky where it is positive defi
 Bunch–Kaufman pivots; B enters as F⁻¹B alone (a congruence), and no pivot is ever changed. By Sylvester and
 Haynsworth the signs in all Σ are the inertia of H + εI, and its determinant is the product of theirs.
 
+State damping. With μ > 0, x is also charged for the change of pre-activations it causes, averaged over the batch:
+(μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ is added to H, S_ℓ x = s_ℓ. That is D ← D + μ/N in the hidden layers, and nothing else changes.
+The linearization of a deep net holds as long as all s are small, which a small x does not ensure. μ has the unit
+of loss / pre-activation².
+
 Cost. Factoring: Σ m³/3 + m²n′ + m n′² operations to leading order, so O(L (N a)³), and O(L (N a)²) memory; every
 further right-hand side O(Σ m² + m n′). A product with H costs two passes through the network. Where P is smaller than
 the state N a, forming H (P products) and factoring it once is cheaper: `route='auto'` counts and chooses.
@@ -47,8 +52,9 @@ you scale ε. An L2 term ½w‖θ‖² in the loss is damping + w.
 
 References: A. Rahimi, The Hessian of tall-skinny networks is easy to invert, arXiv 2601.06096 (2025), solves the
 same system without condensing the unit blocks; Pantoja (1988) and Dunn & Bertsekas (1989), Newton's step of a
-multistage problem in linear time; Pearlmutter (1994), products with H; Bunch & Kaufman (1977), the pivoting;
-Eisenstat, Elman & Schultz (1983), GCR, the residual-minimizing iteration used to refine.
+multistage problem in linear time; Tassa, Erez & Todorov (2012), state damping in control; Pearlmutter (1994),
+products with H; Bunch & Kaufman (1977), the pivoting; Eisenstat, Elman & Schultz (1983), GCR, the
+residual-minimizing iteration used to refine.
 """
 
 from __future__ import annotations
@@ -69,7 +75,9 @@ from hessian_checks import (
     check_layers,
     check_loss,
     check_targets,
+    checked_curvature,
     checked_damping,
+    checked_nonnegative,
     checked_rtol,
     checked_vector,
     equal,
@@ -360,6 +368,23 @@ def _checked_derivatives(model: DeepMLPWithTracking, loss: Tensor) -> tuple[Laye
     return compute_layer_derivatives(model)
 
 
+def _modified(
+    layers: tuple[LayerDerivatives, ...], curvature: str, state_damping: float
+) -> tuple[LayerDerivatives, ...]:
+    """The layers of another quadratic form: H or its Gauss–Newton part, plus (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ.
+
+    All of ⟨X, H X⟩ is in Λ, β φ″ and λ: without the latter two its first term is left, and μ/N adds to β φ″.
+    """
+    if curvature == "gauss_newton":
+        layers = tuple(
+            x._replace(adjoint=torch.zeros_like(x.adjoint), curvature=torch.zeros_like(x.curvature)) for x in layers
+        )
+    if state_damping == 0:
+        return layers
+    hidden = [x._replace(curvature=x.curvature + state_damping / len(x.inputs)) for x in layers[:-1]]
+    return (*hidden, layers[-1])
+
+
 # ---------------------------------------------------------------------------------------------------- products
 
 
@@ -417,14 +442,18 @@ def _product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
     return _flatten(layers, products[::-1])
 
 
-def hessian_vector_product(model: DeepMLPWithTracking, loss: Tensor, v: Tensor) -> Tensor:
+def hessian_vector_product(
+    model: DeepMLPWithTracking, loss: Tensor, v: Tensor, *, curvature: str = "hessian", state_damping: float = 0.0
+) -> Tensor:
     """H v, exactly, for v of shape (P,) or (P, k), in the order of `model.parameters()`.
 
     Computed in float64 by the closed form above, whatever the model's dtype, and returned in v's dtype: the
     cost is two passes through the network for each column. `loss` is the tensor that the model tracked last.
+    curvature, state_damping: of another matrix than H, (H or JᵀΛJ) + (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ; see `factorize_hessian`.
     Raises ValueError or TypeError for a loss or a v that doesn't fit; nothing outside is touched.
     """
     layers = _checked_derivatives(model, loss)
+    layers = _modified(layers, checked_curvature(curvature), checked_nonnegative("state_damping", state_damping))
     columns = checked_vector(v, sum(p.numel() for p in model.parameters()), layers[0].weight.device)
     return _product(layers, columns).reshape(v.shape).to(v.dtype)
 
@@ -489,6 +518,14 @@ def _reduced_inputs(layer: LayerDerivatives) -> tuple[Tensor | None, Tensor]:
     return Q, R.mT.contiguous()
 
 
+class _Indefinite(Exception):
+    """H + εI has a pivot, layer `index`'s counted from 0, that is not positive definite: see `_factorize_definite`."""
+
+    def __init__(self, index: int):
+        super().__init__(index)
+        self.index = index
+
+
 class _Pivot(NamedTuple):
     basis: Tensor | None  # (d, r) Q
     reduced: Tensor  # (N, r) R
@@ -497,9 +534,12 @@ class _Pivot(NamedTuple):
 
 
 def _sweep(
-    layers: Sequence[LayerDerivatives], damping: Sequence[float], many_classes: bool
+    layers: Sequence[LayerDerivatives], damping: Sequence[float], many_classes: bool, definite_only: bool = False
 ) -> tuple[tuple[_Pivot, ...], int, float]:
-    """The backward sweep: pivots (first layer first), the number of negative eigenvalues, log|det|."""
+    """The backward sweep: pivots (first layer first), the number of negative eigenvalues, log|det|.
+
+    definite_only: stop by _Indefinite at the first pivot that is not positive definite.
+    """
     pivots, num_negative, logabsdet, P = [], 0, 0.0, None
     for index in range(len(layers) - 1, -1, -1):
         layer, epsilon = layers[index], damping[index]
@@ -515,13 +555,17 @@ def _sweep(
             P = _output_cost_to_go(layer) if index else None
         else:
             G, B, P = _eliminate(layer, Q, R, epsilon, P, first=index == 0)
-            factor = factor_symmetric(G)
+            factor = factor_symmetric(G, definite_only)
+            if factor is None and definite_only:
+                raise _Indefinite(index)
             if factor is None:
                 raise _singular(index, epsilon, "its pivot is exactly singular")
             solver = _DensePivot(factor, None if B is None else factor.whiten(B))
             del G, B
         pivots.append(_Pivot(Q, R, epsilon, solver))
         num_negative += solver.num_negative() + (perpendicular if epsilon < 0 else 0)
+        if definite_only and num_negative:
+            raise _Indefinite(index)
         logabsdet += float(solver.logabsdet()) + (perpendicular * math.log(abs(epsilon)) if perpendicular else 0.0)
         if not math.isfinite(logabsdet):
             raise _singular(index, epsilon, "its pivot is singular, or overflowed")
@@ -630,26 +674,32 @@ def _sweep_solve(layers: Sequence[LayerDerivatives], pivots: Sequence[_Pivot], v
 # ------------------------------------------------------------------------------------------ factor and solve
 
 
+def _layer_operations(layer: LayerDerivatives, first: bool, many_classes: bool = False) -> tuple[float, float]:
+    """Floating-point operations of the sweep in one layer: to form and factor its pivot, and to eliminate it then."""
+    (a, width), (N, d) = layer.weight.shape, layer.inputs.shape
+    r = min(N, d)
+    m, n, below = a * r, N * a, 0 if first else N * width
+    update = m * below * (below + min(below, UPDATE_BLOCK))  # BᵀG⁻¹B
+    if many_classes and layer.output is not None:
+        return 10 * a * (r**3 + N**3), 2 * m * r * below + update
+    eliminate = m * m * below + update  # F⁻¹B
+    if layer.output is not None:
+        return 2 * r * r * N * a * a + m**3 / 3, eliminate
+    couple = 2 * width * n * n + 2 * a * width * N * below + 2 * N * m * below  # K A, Aᵀ K A, Jᵀ K A
+    return 2 * r * n * n + 2 * r * m * n + m**3 / 3, 0 if first else couple + eliminate  # JᵀK, JᵀKJ, Cholesky
+
+
 def _count_operations(layers: Sequence[LayerDerivatives]) -> tuple[dict[str, float], bool]:
     """Floating-point operations of each route, and whether the last pivot is cheaper in its many-class form."""
-    sweep, product, num_parameters = 0.0, 0.0, 0
-    for index, layer in enumerate(layers):
-        (a, width), (N, d) = layer.weight.shape, layer.inputs.shape
-        r = min(N, d)
-        m, n, below = a * r, N * a, N * width if index else 0
-        num_parameters += a * d
-        product += N * a * (4 * d + (8 * width if index else 0))
-        update = m * below * (below + min(below, UPDATE_BLOCK))
-        if layer.output is None:
-            # JᵀK, JᵀKJ; K A, Aᵀ K A, Jᵀ K A; Cholesky, F⁻¹B, BᵀG⁻¹B
-            sweep += 2 * r * n * n + 2 * r * m * n
-            sweep += 2 * width * n * n + 2 * a * width * N * below + 2 * N * m * below if index else 0
-            sweep += m**3 / 3 + m * m * below + update
-        else:
-            dense_output = 2 * r * r * N * a * a + m**3 / 3 + m * m * below + update
-            many_output = 10 * a * (r**3 + N**3) + 2 * m * r * below + update
+    sweep = sum(sum(_layer_operations(layer, index == 0)) for index, layer in enumerate(layers[:-1]))
+    dense_output, many_output = (sum(_layer_operations(layers[-1], len(layers) == 1, many)) for many in (False, True))
     many_classes = dense_output > sweep + many_output
     sweep += many_output if many_classes else dense_output
+    product, num_parameters = 0.0, 0
+    for index, layer in enumerate(layers):
+        (a, width), (N, d) = layer.weight.shape, layer.inputs.shape
+        num_parameters += a * d
+        product += N * a * (4 * d + (8 * width if index else 0))
     return {"sweep": sweep, "dense": num_parameters * product + num_parameters**3 / 3}, many_classes
 
 
@@ -668,7 +718,8 @@ def _dense_hessian(layers: Sequence[LayerDerivatives], num_parameters: int) -> T
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HessianFactorization:
-    """H + εI (or its Gauss–Newton part + εI), factored at one batch and one set of parameters; see `factorize_hessian`.
+    """H + εI + (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ, or with JᵀΛJ for H, factored at one batch and one set of parameters; see
+    `factorize_hessian`. Where this class says H + εI, it means that matrix.
 
     Immutable: it holds copies of all it needs, and answers for the parameters at factor time after they change.
     """
@@ -676,10 +727,11 @@ class HessianFactorization:
     route: str  # 'sweep' or 'dense'
     curvature: str  # 'hessian' or 'gauss_newton'
     damping: Damping  # as asked for: a float, or one a layer
+    state_damping: float  # μ
     num_parameters: int
-    num_negative_eigenvalues: int  # of H + damping·I, by Sylvester's law of inertia
-    logabsdet: float  # log |det(H + damping·I)|
-    _layers: tuple[LayerDerivatives, ...]
+    num_negative_eigenvalues: int  # of H + εI, by Sylvester's law of inertia
+    logabsdet: float  # log |det(H + εI)|
+    _layers: tuple[LayerDerivatives, ...]  # as `_modified`: their form is all of the matrix but ε
     _epsilons: tuple[float, ...]
     _factor: tuple[_Pivot, ...] | SymmetricFactor
 
@@ -689,9 +741,13 @@ class HessianFactorization:
 
     def __repr__(self) -> str:
         return (
-            f"HessianFactorization(P={self.num_parameters}, damping={self.damping}, curvature={self.curvature!r}, "
+            f"HessianFactorization(P={self.num_parameters}, {self._dampings()}, curvature={self.curvature!r}, "
             f"route={self.route!r}, num_negative_eigenvalues={self.num_negative_eigenvalues})"
         )
+
+    def _dampings(self) -> str:
+        state = f", state_damping={self.state_damping:g}" if self.state_damping else ""
+        return f"damping={self.damping}{state}"
 
     def solve(self, v: Tensor, *, rtol: float | None = 1e-8) -> Tensor:
         """x with (H + εI) x = v, for v of shape (P,) or (P, k), float32 or float64; x has v's dtype, no graph.
@@ -715,8 +771,8 @@ class HessianFactorization:
         tries = [(self.damping, "dense")] if self.route == "sweep" and self.num_parameters <= _DENSE_TRIAL else []
         tries += self._larger(10.0, 1000.0)
         raise SingularHessianError(
-            f"(H + damping·I)x = v was solved to a relative residual of {worst:.1e}, not to rtol={rtol:g}, at damping="
-            f"{self.damping}; float64 can't be expected below {reach:.0e}. "
+            f"(H + damping·I)x = v was solved to a relative residual of {worst:.1e}, not to rtol={rtol:g}, at "
+            f"{self._dampings()}; float64 can't be expected below {reach:.0e}. "
             + self._advice(float(worst), failed, rtol, tries),
             damping=self.damping,
             residual=float(worst),
@@ -756,10 +812,12 @@ class HessianFactorization:
         """What would do in place of a failed solve of v: the first of `tries` that works, or a larger rtol."""
         advice = "Pass another damping"
         for damping, route in tries:
-            residual = _factorize(self._layers, damping, self.curvature, route)._refined(v, rtol).residual
+            tried = _factorize(self._layers, damping, self.curvature, route, self.state_damping)
+            residual = tried._refined(v, rtol).residual
             if bool((residual <= rtol).all()):
                 name = f"damping={damping}" if damping != self.damping else "route='dense' to factorize_hessian"
-                advice = f"Pass {name} (tried: it reaches {residual.max():.0e})"
+                kept = f", the same state_damping={self.state_damping:g}" if self.state_damping else ""
+                advice = f"Pass {name}{kept} (tried: it reaches {residual.max():.0e})"
                 break
         return advice + (f", or rtol={2 * worst:.1e} to accept this answer" if worst < 0.4 else "")
 
@@ -773,19 +831,33 @@ def _damping_vector(layers: Sequence[LayerDerivatives], epsilons: Sequence[float
 
 
 def _factorize(
-    layers: tuple[LayerDerivatives, ...], damping: Damping, curvature: str, route: str
+    layers: tuple[LayerDerivatives, ...],
+    damping: Damping,
+    curvature: str,
+    route: str,
+    state_damping: float = 0.0,
+    *,
+    definite_only: bool = False,
+    H: Tensor | None = None,
 ) -> HessianFactorization:
+    """The form of `layers` + damping·I, factored. curvature, state_damping: what `_modified` put into the layers.
+
+    definite_only: raise _Indefinite where it is not positive definite. H: the form as a matrix, if it was formed before
+    (for the dense route; kept unchanged).
+    """
     num_parameters = sum(len(layer.weight) * layer.inputs.shape[1] for layer in layers)
     epsilons = damping if isinstance(damping, tuple) else (damping,) * len(layers)
     operations, many_classes = _count_operations(layers)
     if route == "auto":
         route = min(operations, key=operations.get)
     if route == "sweep":
-        factor, num_negative, logabsdet = _sweep(layers, epsilons, many_classes)
+        factor, num_negative, logabsdet = _sweep(layers, epsilons, many_classes, definite_only)
     else:
-        G = _dense_hessian(layers, num_parameters)
+        G = _dense_hessian(layers, num_parameters) if H is None else H.clone()
         G.diagonal().add_(_damping_vector(layers, epsilons)[:, 0])
-        factor = factor_symmetric(G)
+        factor = factor_symmetric(G, definite_only)
+        if factor is None and definite_only:
+            raise _Indefinite(0)
         if factor is None:
             raise SingularHessianError(
                 f"H + damping·I, factored densely at damping={damping}, has an exactly singular pivot: choose another "
@@ -794,8 +866,28 @@ def _factorize(
             )
         num_negative, logabsdet = factor.num_negative(), float(factor.logabsdet())
     return HessianFactorization(
-        route, curvature, damping, num_parameters, num_negative, logabsdet, layers, epsilons, factor
+        route, curvature, damping, state_damping, num_parameters, num_negative, logabsdet, layers, epsilons, factor
     )
+
+
+def _factorize_definite(
+    layers: tuple[LayerDerivatives, ...], damping: float, route: str, H: Tensor | None = None
+) -> tuple[HessianFactorization | None, float]:
+    """H + damping·I factored, and 1.0; or None where it is not positive definite, and the share of the operations done.
+
+    The sweep stops at the first layer whose pivot has no Cholesky factor: for ε > 0, H + εI ≻ 0 ⇔ every pivot ≻ 0
+    (Haynsworth). Its operations are counted; a dense factorization that fails counts as a whole one. route: 'sweep' or
+    'dense'.
+    """
+    try:
+        return _factorize(layers, damping, "hessian", route, definite_only=True, H=H), 1.0
+    except _Indefinite as stop:
+        if route == "dense":
+            return None, 1.0
+        _, many_classes = _count_operations(layers)
+        operations = [_layer_operations(x, index == 0, many_classes) for index, x in enumerate(layers)]
+        done = operations[stop.index][0] + sum(map(sum, operations[stop.index + 1 :]))
+        return None, done / sum(map(sum, operations))
 
 
 @torch.no_grad()
@@ -806,6 +898,7 @@ def factorize_hessian(
     *,
     curvature: str = "hessian",
     route: str = "auto",
+    state_damping: float = 0.0,
 ) -> HessianFactorization:
     """Factor H + damping·I at the tracked `loss`, in float64: factor once, then `.solve` for thousands.
 
@@ -813,7 +906,10 @@ def factorize_hessian(
     eigenvalues of H below −ε); or one float a layer, first layer first. curvature: 'hessian', or 'gauss_newton' for the
     first term of the quadratic form only, JᵀΛJ, positive semidefinite. route: 'sweep' (layer by layer), 'dense' (H
     formed by products and factored; cheaper where P is small beside N times the width), or 'auto' for the one with
-    fewer counted operations; `.route` tells which.
+    fewer counted operations; `.route` tells which. state_damping: μ ≥ 0, in units of loss / pre-activation²; factors
+    H + damping·I + (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ, S_ℓ x = s_ℓ the first-order change of hidden layer ℓ's pre-activations (N, a)
+    along x: each unit's change costs μ times its mean square over the batch. It costs nothing; H + damping·I means
+    this matrix below, and in the factorization.
 
     Cost: Σ m³/3 + m²n′ + 2m n′² operations (the last halved where n′ is large) and the structured products of lower
     order; Σ m² + m n′ numbers kept; m = a·min(N, d), n′ = N a′.
@@ -823,16 +919,11 @@ def factorize_hessian(
     raised or refined slowly), eigenvalues of H near −ε can be counted on the wrong side; `route='dense'` then decides.
     """
     layers = _checked_derivatives(model, loss)
-    damping = checked_damping(damping, len(layers))
-    if curvature not in ("hessian", "gauss_newton"):
-        raise ValueError(f"unknown curvature {curvature!r}: choose 'hessian' or 'gauss_newton'")
+    damping, state_damping = checked_damping(damping, len(layers)), checked_nonnegative("state_damping", state_damping)
     if route not in ("auto", "sweep", "dense"):
         raise ValueError(f"unknown route {route!r}: choose 'auto', 'sweep' or 'dense'")
-    if curvature == "gauss_newton":  # without λ and β φ″ the first term of the quadratic form is left
-        layers = tuple(
-            x._replace(adjoint=torch.zeros_like(x.adjoint), curvature=torch.zeros_like(x.curvature)) for x in layers
-        )
-    return _factorize(layers, damping, curvature, route)
+    layers = _modified(layers, checked_curvature(curvature), state_damping)
+    return _factorize(layers, damping, curvature, route, state_damping)
 
 
 @torch.no_grad()

@@ -88,16 +88,41 @@ def checked_vector(v: Tensor, num_parameters: int, device: torch.device) -> Tens
     return v[:, None] if v.dim() == 1 else v
 
 
-def checked_damping(damping: float | Sequence[float], num_layers: int) -> Damping:
+def _numbers(value) -> Tensor:
+    """value as a float64 tensor; NaN for what isn't numbers."""
     try:
-        values = torch.as_tensor(damping, dtype=torch.float64)
+        return torch.as_tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
-        values = torch.tensor(math.nan)
+        return torch.tensor(math.nan)
+
+
+def checked_damping(damping: float | Sequence[float], num_layers: int) -> Damping:
+    values = _numbers(damping)
     if values.shape not in ((), (num_layers,)) or not bool(torch.isfinite(values).all()):
         raise ValueError(
             f"damping must be a finite number, or one for each of the {num_layers} layers, got {damping!r}"
         )
     return values.item() if values.dim() == 0 else tuple(values.tolist())
+
+
+def checked_nonnegative(name: str, value: float) -> float:
+    number = _numbers(value)
+    if number.shape != () or not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be one finite number ≥ 0, got {value!r}")
+    return number.item()
+
+
+def checked_radius(radius: float) -> float:
+    number = _numbers(radius)
+    if number.shape != () or not 0 < number < math.inf:
+        raise ValueError(f"radius must be a finite number > 0, the greatest length of the step, got {radius!r}")
+    return number.item()
+
+
+def checked_curvature(curvature: str) -> str:
+    if curvature not in ("hessian", "gauss_newton"):
+        raise ValueError(f"unknown curvature {curvature!r}: choose 'hessian' or 'gauss_newton'")
+    return curvature
 
 
 def checked_rtol(rtol: float) -> float:

@@ -63,12 +63,15 @@ class SymmetricFactor(NamedTuple):
         return 2 * (self.lower.diagonal() if self.scale is None else self.scale).log().sum()
 
 
-def factor_symmetric(G: Tensor) -> SymmetricFactor | None:
-    """Factor G (m, m), of which the lower triangle is read; None where a pivot is exactly zero."""
+def factor_symmetric(G: Tensor, definite_only: bool = False) -> SymmetricFactor | None:
+    """Factor G (m, m), of which the lower triangle is read; None where a pivot is exactly zero, or, where
+    `definite_only`, where G is not positive definite."""
     lower, info = torch.linalg.cholesky_ex(G)
     none = torch.empty(0, dtype=torch.long, device=G.device)
     if int(info) == 0:  # a Cholesky factor exists ⇔ G ≻ 0; asking costs a host synchronization
         return SymmetricFactor(lower, None, none, G.new_empty(0, 1), G.new_empty(0, 1), None, None)
+    if definite_only:
+        return None
     packed, pivots, info = torch.linalg.ldl_factor_ex(G)
     if int(info) != 0:
         return None

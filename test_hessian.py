@@ -146,6 +146,25 @@ def dense_hessian(case: Case, curvature: str = "hessian") -> Tensor:
     return J.T @ Lambda @ J
 
 
+@functools.lru_cache(maxsize=4)
+def dense_state_form(case: Case) -> Tensor:
+    """Σ_{ℓ<L} S_ℓᵀS_ℓ / N from the Jacobians of the hidden layers' pre-activations, by torch.func and hooks."""
+    model, x, _ = case.build()
+    size, hidden = num_parameters(model), []
+    for linear in model.layers:
+        linear.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+    f, theta = flat_function(model, x)
+
+    def pre_activations(theta: Tensor) -> tuple[Tensor, ...]:
+        hidden.clear()
+        f(theta)
+        return tuple(hidden)
+
+    jacobians = torch.func.jacrev(pre_activations)(theta)[:-1]  # (N, a, P) each; the last, of the logits, is left out
+    zero = torch.zeros(size, size, dtype=torch.float64)
+    return sum((S.flatten(0, 1).T @ S.flatten(0, 1) / case.batch for S in jacobians), zero)
+
+
 def relative(error: Tensor, reference: Tensor) -> float:
     return (error.norm() / reference.norm()).item()
 
@@ -418,6 +437,59 @@ def test_damping_for_each_layer():
         assert relative(A @ f.solve(v) - v, v) <= 1e-12
         assert f.num_negative_eigenvalues == (torch.linalg.eigvalsh(A) < 0).sum()
         assert f.damping == tuple(epsilons)
+
+
+STATE_CASES = (
+    Case((), 3),  # no hidden layer: nothing to charge
+    Case((4,), 20, "softplus"),
+    Case((6, 4, 7), 1, bias=False),
+    Case((6, 4, 7), 3, "silu", "mse"),
+    Case((6, 4, 7), 15, "sigmoid"),
+    Case((5, 6, 6, 4, 4, 7), 3, residual=True),
+    Case((5, 6, 6, 4, 4, 7), 15, "gelu", "mse", residual=True),
+    Case((5, 6, 6, 4, 4, 7), 15, "relu", residual=True, bias=False),
+    Case(DEEP, 12),
+)
+
+
+@pytest.mark.parametrize("case", STATE_CASES, ids=case_id)
+def test_state_damping(case):
+    """H + εI + (μ/N) Σ S_ℓᵀS_ℓ against its dense matrix: products, solves, certificates, inertia, determinant."""
+    model, loss = tracked_loss(case)
+    size = num_parameters(model)
+    v, identity, form = random_vector(size, 2), torch.eye(size, dtype=torch.float64), dense_state_form(case)
+    for curvature in ("hessian", "gauss_newton"):
+        for mu, damping in ((0.3, 1e-2), (20.0, 1e-3), (1e-3, -0.01)):
+            H = dense_hessian(case, curvature) + mu * form
+            product = hessian_vector_product(model, loss, v, curvature=curvature, state_damping=mu)
+            assert relative(product - H @ v, H @ v) <= 1e-12
+            A = H + damping * identity
+            eigenvalues = torch.linalg.eigvalsh(A)
+            for route in ("sweep", "dense"):
+                f = factorize_hessian(model, loss, damping, curvature=curvature, route=route, state_damping=mu)
+                x = f.solve(v)
+                allowed = max(10 * dense_residual(A, v), 1e-14 * relative(A.norm() * x, v))
+                assert relative(A @ x - v, v) <= allowed, (curvature, mu, damping, route)
+                assert f.residual(x, v).max() <= max(allowed, 1e-8)
+                assert f.num_negative_eigenvalues == (eigenvalues < 0).sum()
+                condition = (eigenvalues.abs().max() / eigenvalues.abs()).sum().item()
+                error = abs(f.logabsdet - eigenvalues.abs().log().sum().item())
+                assert error <= 1e-14 * condition + 1e-12 * size
+                assert f.state_damping == mu and f"damping={damping}, state_damping={mu:g}" in repr(f)
+    assert "state_damping" not in repr(factorize_hessian(model, loss, 1.0))
+
+
+def test_state_damping_shows_in_errors():
+    """A failed solve with a state damping says so, and its advice keeps it."""
+    case, mu = Case((6, 4, 7), 3), 2.0
+    model, loss = tracked_loss(case)
+    v = random_vector(num_parameters(model))
+    with pytest.raises(SingularHessianError, match="damping=1e-06, state_damping=2;") as caught:
+        factorize_hessian(model, loss, 1e-6, state_damping=mu, route="sweep").solve(v, rtol=1e-11)
+    assert "the same state_damping=2 (tried: it reaches" in str(caught.value)
+    advised = float(str(caught.value).split("Pass damping=")[1].split(",")[0])
+    f = factorize_hessian(model, loss, advised, state_damping=mu)
+    assert f.residual(f.solve(v, rtol=1e-11), v) <= 1e-11
 
 
 @pytest.mark.parametrize("batch", [2, 3, 30])
@@ -894,6 +966,10 @@ def test_wrong_vectors_and_options():
     raises(ValueError, "finite", factorize_hessian, model, loss, math.nan)
     raises(ValueError, "3 layers", factorize_hessian, model, loss, [0.1, 0.2])
     raises(ValueError, "curvature", factorize_hessian, model, loss, 0.1, curvature="fisher")
+    raises(ValueError, "curvature", hessian_vector_product, model, loss, v, curvature="fisher")
+    for mu in (-1e-3, math.nan, math.inf, [0.1, 0.1, 0.1], "0.1"):
+        raises(ValueError, "state_damping must be", factorize_hessian, model, loss, 0.1, state_damping=mu)
+        raises(ValueError, "state_damping must be", hessian_vector_product, model, loss, v, state_damping=mu)
     raises(ValueError, "route", factorize_hessian, model, loss, 0.1, route="gram")
     raises(ValueError, "rtol", hessian_inverse_vector_product, model, loss, v, rtol=None)
 
