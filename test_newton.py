@@ -1,6 +1,7 @@
-"""Tests of newton_trust_region.py, and of the factorizations that stop early, which it uses.
+"""Tests of newton.py and what it is made of: hessian_gram.py, newton_trust_region.py, factorizations that stop early.
 
-The oracle of the best decrease is a dense eigendecomposition and Lagrangian duality, max over λ of
+Oracles: Jacobians and Hessians by torch.func, autograd. That of the trust region's best decrease is a dense
+eigendecomposition and Lagrangian duality, max over λ of
 −½ gᵀ(A + λI)⁻¹g − ½ λΔ², which has no hard case; H comes from torch.func.hessian. Everything in float64, seeded,
 neighbouring widths unequal.
 """
@@ -8,6 +9,7 @@ neighbouring widths unequal.
 from __future__ import annotations
 
 import functools
+import io
 import math
 from typing import NamedTuple
 
@@ -18,8 +20,17 @@ from torch import Tensor
 
 import hessian
 import newton_trust_region
-from hessian import HessianFactorization, SingularHessianError, compute_layer_derivatives, factorize_hessian
+from hessian import (
+    DeepMLPWithTracking,
+    HessianFactorization,
+    SingularHessianError,
+    compute_layer_derivatives,
+    factorize_hessian,
+    hessian_vector_product,
+)
+from hessian_gram import GramSystem, count_gram_operations, scaled_output
 from hessian_linear_algebra import Refined
+from newton import DampedNewton, _Step, _sub_batch, accurate_loss
 from newton_trust_region import TrustRegionStep, _trust_region, trust_region_step
 from test_hessian import (
     Case,
@@ -411,3 +422,410 @@ def test_dense_matrix_given():
     before = H.clone()
     hessian._factorize_definite(layers, damping, "dense", H)
     assert torch.equal(H, before)
+
+
+# ----------------------------------------------------------------------------------------------- the Gram route
+
+GRAM_CASES = (
+    Case((6, 4, 7), 3),
+    Case((6, 4, 7), 15, "gelu"),
+    Case((6, 6, 6, 4), 9, residual=True),
+    Case((6, 4, 7), 9, loss="mse", bias=False),
+    Case((16, 12, 14), 5, soft=True, inputs=10),
+    Case((), 4),
+    Case((6, 5), 7, classes=2),
+)
+
+
+def eye(size: int) -> Tensor:
+    return torch.eye(size, dtype=torch.float64)
+
+
+def logits_jacobian(case: Case) -> Tensor:
+    """(N, C, P), by torch.func."""
+    model, x, _ = case.build()
+    f, theta = flat_function(model, x)
+    return torch.func.jacrev(f)(theta)
+
+
+def output_hessian(case: Case) -> Tensor:
+    """Λ (N, C, C), by torch.func, from logits that are parameters."""
+    model, x, y = case.build()
+    logits = model(x).detach()
+    C = logits.shape[1]
+    H = torch.func.hessian(lambda h: model._loss(h.view_as(logits), y))(logits.flatten())
+    H = H.view(len(x), C, len(x), C)
+    return torch.stack([H[b, :, b] for b in range(len(x))])
+
+
+def gauss_newton(case: Case) -> Tensor:
+    J = logits_jacobian(case)
+    return torch.einsum("nap,nab,nbq->pq", J, output_hessian(case), J)
+
+
+def state_metric(case: Case, rho: float) -> Tensor:
+    """D (P, P) of the definition: A from each layer's inputs, Ω from Jacobians of later pre-activations by autograd."""
+    model, x, _ = case.build()
+    zs, hs, z = [], [], x
+    for index, linear in enumerate(model.layers):
+        zs.append(z)
+        hs.append(linear(z))
+        z = model.activate(index, hs[-1], z) if index + 1 < len(model.layers) else hs[-1]
+    blocks = []
+    for index, linear in enumerate(model.layers):
+        a, d = linear.weight.shape[0], linear.weight.shape[1] + (linear.bias is not None)
+        if index + 1 == len(model.layers):
+            blocks.append(rho * eye(a * d))
+            continue
+        Omega = torch.zeros(a, a, dtype=torch.float64)
+        for later in hs[index:-1]:
+            for unit in later.sum(0):  # samples don't mix: the gradient of a sum holds each one's
+                (row,) = torch.autograd.grad(unit, hs[index], retain_graph=True)
+                Omega += row.T @ row / len(x)
+        inputs = zs[index] if linear.bias is None else torch.cat([zs[index], torch.ones(len(x), 1)], 1)
+        A = (inputs.T @ inputs / len(x)).detach()
+        pi = (Omega.trace() / a / (A.trace() / d)).sqrt()
+        left, right = Omega + math.sqrt(rho) * pi * eye(a), A + math.sqrt(rho) / pi * eye(d)
+        # the flat order has the whole weight first, then the bias
+        D = torch.kron(left, right).view(a, d, a, d)
+        width = linear.weight.shape[1]
+        order = [i * d + j for i in range(a) for j in range(width)] + [i * d + width for i in range(a) if d > width]
+        blocks.append(D.reshape(a * d, a * d)[order][:, order])
+    return torch.block_diag(*blocks)
+
+
+@pytest.mark.parametrize("case", GRAM_CASES, ids=case_id)
+def test_scaled_output(case):
+    model, loss = tracked_loss(case)
+    last = compute_layer_derivatives(model)[-1]
+    root, residual = scaled_output(last)
+    assert relative(root @ root.mT - output_hessian(case), output_hessian(case)) < 1e-14
+    assert relative((root @ residual[:, :, None])[:, :, 0] - last.adjoint, last.adjoint) < 1e-14
+    # w is of least norm: orthogonal to the null space of S
+    assert root.shape[2] == case.classes - (case.loss == "cross_entropy")
+
+
+def test_scaled_output_of_a_fitted_sample_keeps_its_digits():
+    model, x, y = Case((4,), 6).build()
+    with torch.no_grad():
+        model.layers[-1].weight.mul_(300)
+    y = model(x).argmax(1)
+    model(x, y, track_activations=True)
+    last = compute_layer_derivatives(model)[-1]
+    root, residual = scaled_output(last)
+    h = model(x).detach()
+    other = torch.ones_like(h).scatter(1, y[:, None], 0).bool()
+    exact = -torch.exp(0.5 * (h - h.gather(1, y[:, None])))[other].view(6, 2) / math.sqrt(6)  # −√(π_c/π_y)/√N
+    assert exact.abs().max() < 1e-3 and relative(residual - exact, exact) < 1e-12
+    assert relative((root @ residual[:, :, None])[:, :, 0] - last.adjoint, last.adjoint) < 1e-12
+
+
+@pytest.mark.parametrize("weight_decay", (0.0, 0.03))
+@pytest.mark.parametrize("metric", ("state", "parameter"))
+@pytest.mark.parametrize("case", GRAM_CASES, ids=case_id)
+def test_gram_system(case, metric, weight_decay):
+    """x against a dense solve, for a gradient of the batch, for any gradient, and J x; D against its definition."""
+    model, loss = tracked_loss(case)
+    layers = compute_layer_derivatives(model)
+    theta = flat_function(model, case.build()[1])[1]
+    rho, damping, c = 0.02, 0.07, weight_decay
+    D = state_metric(case, rho + c / damping) if metric == "state" else (1 + c / damping) * eye(len(theta))
+    if metric == "state" and c:  # ½c‖θ‖² is in λD, and nothing is negative beside it
+        assert torch.linalg.eigvalsh(damping * D)[0] >= c
+    A, g = gauss_newton(case) + damping * D, gradient(model, loss)
+    any_gradient = random_vector(len(theta))
+    for rest, alone, full in (
+        (c * theta if c else None, False, g + c * theta),
+        (any_gradient, True, any_gradient),
+        (any_gradient, False, g + any_gradient),
+    ):
+        system = GramSystem(layers, metric, rho, c, rest, without_residual=alone)
+        x, Jx = system.step(system.at(damping), damping)
+        exact = torch.linalg.solve(A, -full)
+        assert relative(x - exact, exact) < 1e-9
+        J = torch.einsum("nck,ncp->knp", system.root, logits_jacobian(case)).flatten(0, 1)
+        assert relative(Jx - J @ exact, J @ exact) < 1e-9
+
+
+def test_gram_operations_are_what_is_counted():
+    """The closed form against counted products and factorizations, to 15 %: it leaves out what is of lower order."""
+    model, loss = tracked_loss(Case((16,) * 10, 24, inputs=16, classes=8))
+    layers = compute_layer_derivatives(model)
+
+    def work():
+        system = GramSystem(layers, "parameter", 1e-2, 0.0, None)
+        for damping in (0.1, 1.0, 10.0):
+            system.at(damping)
+
+    K, N = 7, 24
+    elementwise = 2 * (N * K) ** 2 * 2 * len(layers)
+    assert counted_operations(work) + elementwise == pytest.approx(count_gram_operations(layers, 3), rel=0.15)
+
+
+# --------------------------------------------------------------------------------------------- the optimizer
+
+
+def closure_of(model, x, y):
+    return lambda: model(x, y, track_activations=True)
+
+
+def parameters_of(model) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def dense_objective_hessian(model, x, y, weight_decay: float) -> Tensor:
+    f, theta = flat_function(model, x, y)
+    return torch.func.hessian(f)(theta) + weight_decay * eye(len(theta))
+
+
+def objective_gradient(model, x, y, weight_decay: float) -> Tensor:
+    parameters = list(model.parameters())
+    f = model(x, y) + 0.5 * weight_decay * sum((p**2).sum() for p in parameters)
+    return torch.cat([g.flatten() for g in torch.autograd.grad(f, parameters)])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"route": "sweep"}, {"curvature": "hessian"}, {"metric": "parameter"}], ids=str
+)
+def test_training_lowers_the_loss_at_every_step(options):
+    model, x, y = Case((7, 6, 5), 12, inputs=6).build()
+    optimizer, losses = DampedNewton(model, **options), []
+    for _ in range(12):
+        losses.append(float(optimizer.step(closure_of(model, x, y))))
+        assert optimizer.report.accepted and optimizer.report.new_objective < optimizer.report.objective
+        assert optimizer.report.objective == pytest.approx(losses[-1], rel=1e-12)
+        assert all(p.grad is None for p in model.parameters())
+    assert losses[-1] < 1e-2 * losses[0]
+
+
+def test_thirty_layers_are_fitted_in_a_few_steps():
+    torch.manual_seed(0)
+    model = DeepMLPWithTracking(20, 8, 5, 29).double()
+    x, y = torch.randn(24, 20, dtype=torch.float64), torch.randint(5, (24,))
+    optimizer = DampedNewton(model)
+    for _ in range(30):
+        optimizer.step(closure_of(model, x, y))
+    assert optimizer.report.new_objective < 1e-10 or optimizer.converged
+
+
+@pytest.mark.parametrize("curvature", ("gauss_newton", "hessian"))
+@pytest.mark.parametrize("metric", ("state", "parameter"))
+def test_sweep_steps_solve_their_system(metric, curvature):
+    """Against products: (G + cI + λρI + (λ/N) Σ S_ℓᵀS_ℓ) x = −g with metric='state', (G + cI + λI) x = −g without."""
+    case, c, damping, rho = Case((6, 4, 7), 9), 0.02, 30.0, 1e-2
+    model, x, y = case.build()
+    optimizer = DampedNewton(
+        model, curvature=curvature, route="sweep", metric=metric, weight_decay=c, metric_damping=rho
+    )
+    loss = closure_of(model, x, y)()
+    step = _Step(optimizer, compute_layer_derivatives(model))
+    candidates = step.exact_steps(curvature, [damping])
+    found = candidates.steps[candidates.lengths.index(1.0)]
+    state = damping if metric == "state" else 0.0
+    product = hessian_vector_product(model, loss, found, curvature=curvature, state_damping=state)
+    product = product + (c + damping * (rho if state else 1.0)) * found
+    g = objective_gradient(model, x, y, c)
+    assert relative(product + g, g) < 1e-6
+
+
+def test_weight_decay_is_that_of_the_objective():
+    """At the end ∇(loss + ½c‖θ‖²) by autograd vanishes, and the dense Hessian of it is positive definite."""
+    model, x, y = Case((6, 5), 20, inputs=4).build()
+    optimizer = DampedNewton(model, weight_decay=0.05)
+    for _ in range(300):
+        optimizer.step(closure_of(model, x, y))
+        if optimizer.converged:
+            break
+    assert optimizer.converged and optimizer.report.method == "none"
+    assert objective_gradient(model, x, y, 0.05).norm() < 2e-12
+    assert torch.linalg.eigvalsh(dense_objective_hessian(model, x, y, 0.05))[0] > 0
+    before = parameters_of(model)
+    optimizer.step(closure_of(model, x, y))
+    assert torch.equal(before, parameters_of(model)) and optimizer.converged and not optimizer.stalled
+
+
+def test_convergence_is_quadratic_at_a_minimum():
+    """‖g‖ of the last Newton steps: each the square of the one before, times the same number."""
+    case, c = Case((6, 5), 20, inputs=4, loss="mse"), 0.05
+
+    def norms(curvature: str, steps: int) -> list[float]:
+        model, x, y = case.build()
+        optimizer, found = DampedNewton(model, weight_decay=c, curvature=curvature), []
+        while len(found) < steps and not optimizer.converged:
+            optimizer.step(closure_of(model, x, y))
+            found.append(optimizer.report.gradient_norm)
+        return found
+
+    ours = norms("auto", 200)
+    assert ours[-1] < 1e-14
+    constants = [b / a**2 for a, b in zip(ours, ours[1:], strict=False) if 1e-7 < a < 1e-3]
+    assert len(constants) >= 3 and max(constants) < 2 * min(constants)
+    # Gauss–Newton alone converges linearly there
+    assert norms("gauss_newton", len(ours))[-1] > 1e-6
+
+
+def saddle() -> tuple[DeepMLPWithTracking, Tensor, Tensor]:
+    """All hidden weights zero: tanh units that do nothing, and a last bias that fits the mean. g = 0, H indefinite."""
+    model = DeepMLPWithTracking(3, (5, 4), 2, 2, loss="mse").double()
+    x = random_vector(3, 8).T.contiguous()
+    y = torch.stack([x[:, 0] * x[:, 1], x[:, 2]], 1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        # one unit is passed on, so that the last layer's weight and the first's are coupled by λ
+        model.layers[1].weight[0, 0] = 1.0
+        model.layers[2].bias.copy_(y.mean(0))
+    return model, x, y
+
+
+def test_a_strict_saddle_is_left():
+    model, x, y = saddle()
+    assert objective_gradient(model, x, y, 0.0).norm() < 1e-12
+    assert torch.linalg.eigvalsh(dense_objective_hessian(model, x, y, 0.0))[0] < -1e-2
+    optimizer = DampedNewton(model)
+    optimizer.step(closure_of(model, x, y))
+    report = optimizer.report
+    assert report.method == "saddle" and report.accepted and not optimizer.converged
+    assert report.new_objective < report.objective - 1e-3
+    for _ in range(60):
+        optimizer.step(closure_of(model, x, y))
+    assert optimizer.report.objective < 0.1 * report.objective
+
+
+def test_gauss_newton_alone_stays_on_a_saddle_and_says_so():
+    model, x, y = saddle()
+    optimizer, before = DampedNewton(model, curvature="gauss_newton"), parameters_of(model)
+    optimizer.step(closure_of(model, x, y))
+    assert torch.equal(before, parameters_of(model))
+    assert not optimizer.converged and optimizer.report.method == "none"
+
+
+@pytest.mark.parametrize("curvature", ("auto", "gauss_newton", "hessian"))
+def test_a_step_that_finds_nothing_changes_nothing(curvature):
+    """Every trial is NaN or infinite: activations that overflow wherever the parameters move."""
+
+    class Brittle(DeepMLPWithTracking):
+        def activate(self, index, h, z):
+            out = super().activate(index, h, z)
+            return out if len(h.shape) == 2 or self.calm else out * math.nan
+
+        def activation_derivatives(self, index, h):
+            return super().activation_derivatives(index, h)
+
+    torch.manual_seed(0)
+    model = Brittle(5, 4, 3, 2).double()
+    model.calm = False
+    x, y = random_vector(5, 6).T.contiguous(), torch.tensor([0, 1, 2, 0, 1, 2])
+    optimizer, before = DampedNewton(model, curvature=curvature), parameters_of(model)
+    for _ in range(4):  # in 'auto', the exact Hessian is tried too
+        loss = optimizer.step(closure_of(model, x, y))
+        assert torch.equal(before, parameters_of(model)) and not optimizer.report.accepted
+    assert optimizer.stalled
+    model.calm = True
+    for _ in range(2):
+        optimizer.step(closure_of(model, x, y))
+    assert optimizer.report.accepted and optimizer.report.new_objective < float(loss)
+
+
+@pytest.mark.parametrize("options", [{}, {"curvature_batch": 5, "weight_decay": 1e-3}, {"weight_decay": 0.05}], ids=str)
+def test_a_run_goes_on_bit_for_bit(options):
+    """Through pickle, at each of several steps, in a new model; and it repeats exactly."""
+    case = Case((6, 5), 14, inputs=4)
+    model, x, y = case.build()
+    optimizer = DampedNewton(model, **options)
+    for _ in range(12):
+        optimizer.step(closure_of(model, x, y))
+    end = parameters_of(model)
+    for stop in (0, 3, 9):
+        first, _, _ = case.build()
+        optimizer = DampedNewton(first, **options)
+        for _ in range(stop):
+            optimizer.step(closure_of(first, x, y))
+        buffer = io.BytesIO()
+        torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+        buffer.seek(0)
+        stored = torch.load(buffer, weights_only=True)
+        second, _, _ = case.build(seed=1)
+        second.load_state_dict(stored["model"])
+        optimizer = DampedNewton(second, **options)
+        optimizer.load_state_dict(stored["optimizer"])
+        torch.randn(3)  # the global generator is not read
+        for _ in range(12 - stop):
+            optimizer.step(closure_of(second, x, y))
+        assert torch.equal(parameters_of(second), end)
+
+
+def test_sub_batches_are_drawn_anew_and_the_gradient_is_of_all():
+    model, x, y = Case((6, 5), 14, inputs=4).build()
+    optimizer = DampedNewton(model, curvature_batch=5)
+    drawn = []
+    for _ in range(2):
+        closure_of(model, x, y)()
+        layers = compute_layer_derivatives(model)
+        step = _Step(optimizer, layers)
+        drawn.append(step.curvature_layers[0].inputs)
+        g = objective_gradient(model, x, y, 0.0)
+        assert relative(step.gradient - g, g) < 1e-12
+        optimizer.step(closure_of(model, x, y))
+    assert drawn[0].shape == (5, 5) and not torch.equal(*drawn)
+    # a sub-batch is the batch of its own mean loss
+    chosen = torch.tensor([0, 3, 4, 8, 11])
+    closure_of(model, x, y)()
+    part = _sub_batch(compute_layer_derivatives(model), chosen)
+    closure_of(model, x[chosen], y[chosen])()
+    for ours, exact in zip(part, compute_layer_derivatives(model), strict=True):
+        for name in ("inputs", "slope", "curvature", "adjoint"):
+            assert torch.allclose(getattr(ours, name), getattr(exact, name), rtol=1e-12, atol=1e-15)
+    assert torch.allclose(part[-1].output.diagonal, compute_layer_derivatives(model)[-1].output.diagonal, rtol=1e-12)
+
+
+def test_accurate_loss():
+    model, x, y = Case((4,), 6).build()
+    h = random_vector(6, 3)
+    assert accurate_loss(model, h[None], y)[0].item() == pytest.approx(model._loss(h, y).item(), rel=1e-14)
+    h = torch.zeros(6, 3, dtype=torch.float64).scatter(1, y[:, None], 50.0)
+    assert accurate_loss(model, h[None], y)[0].item() == pytest.approx(2 * math.exp(-50), rel=1e-12)
+    assert accurate_loss(model, -40 * h[None], y)[0].item() == pytest.approx(2000 + math.log(2), rel=1e-12)
+    soft = torch.softmax(random_vector(6, 3), 1)
+    assert accurate_loss(model, h[None], soft)[0].item() == pytest.approx(model._loss(h, soft).item(), rel=1e-12)
+
+
+def test_metric_is_chosen_by_the_inputs():
+    one, many = DeepMLPWithTracking(1, 4, 1, 2, loss="mse"), DeepMLPWithTracking(2, 4, 1, 2, loss="mse")
+    assert DampedNewton(one).param_groups[0]["metric"] == "parameter"
+    assert DampedNewton(many).param_groups[0]["metric"] == "state"
+
+
+def test_route_is_chosen_by_counted_operations():
+    def by_gram(case: Case) -> bool:
+        model, _ = tracked_loss(case)
+        return _Step(DampedNewton(model), compute_layer_derivatives(model)).by_gram()
+
+    assert by_gram(Case((16, 16, 16), 20, inputs=16, classes=2))
+    assert not by_gram(Case((3, 3, 3), 20, inputs=3, classes=40))
+
+
+def test_a_float32_model_trains_in_its_own_dtype():
+    torch.manual_seed(0)
+    model = DeepMLPWithTracking(6, 8, 3, 4)
+    x, y = torch.randn(12, 6), torch.randint(3, (12,))
+    optimizer = DampedNewton(model)
+    losses = [optimizer.step(closure_of(model, x, y)).item() for _ in range(8)]
+    assert losses[-1] < 1e-3 * losses[0] and all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_wrong_optimizer_arguments():
+    model, x, y = Case((4,), 3).build()
+    raises(TypeError, "must be a DeepMLPWithTracking, got Linear", DampedNewton, torch.nn.Linear(2, 2))
+    raises(ValueError, "unknown curvature 'fisher'", DampedNewton, model, curvature="fisher")
+    raises(ValueError, "unknown metric", DampedNewton, model, metric="euclidean")
+    raises(ValueError, "unknown route", DampedNewton, model, route="dense")
+    raises(ValueError, "curvature_batch must be an integer ≥ 1", DampedNewton, model, curvature_batch=0)
+    raises(ValueError, "route='gram' has the Gauss–Newton", DampedNewton, model, route="gram", curvature="hessian")
+    raises(ValueError, "weight_decay", DampedNewton, model, weight_decay=-1.0)
+    raises(ValueError, "damping must be positive", DampedNewton, model, damping=0.0)
+    optimizer = DampedNewton(model)
+    raises(ValueError, "one parameter group", optimizer.add_param_group, {"params": []})
+    tracked = model(x, y, track_activations=True)
+    raises(ValueError, "not the loss that the model tracked", optimizer.step, lambda: model(x, y))
+    assert tracked.requires_grad

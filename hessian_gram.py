@@ -1,0 +1,300 @@
+"""Damped Gauss–Newton steps by the Gram matrix: N K unknowns in place of P, for any number of dampings.
+
+With Λ_b = S_b S_bᵀ the Gauss–Newton matrix of the loss is JᵀJ, J (K N, P) the Jacobian of the scaled logits Sᵀh_L, K
+the columns of S. One backward pass of K columns a sample gives E_ℓ = S_bᵀ ∂h_L/∂h_ℓ, and for a metric D that is a
+Kronecker product in each layer, D_ℓ = Ω_ℓ ⊗ A_ℓ (Ω on the outputs, A on the inputs), the Gram matrix is a sum of
+Hadamard products, never of size P:
+
+    M = J D⁻¹ Jᵀ = Σ_ℓ (E Ω_ℓ⁻¹ Eᵀ) ∘ (z̃ A_ℓ⁻¹ z̃ᵀ)
+    (JᵀJ + λD) x = −Jᵀw − g   ⇔   x = −D⁻¹ (Jᵀy + g/λ),   y = (M + λ)⁻¹ (w − J D⁻¹g/λ)
+
+Cost: 2 (N K)² Σ (a + d/K) operations for M, (N K)³/3 for each λ. An L2 term ½c‖θ‖² adds cI: exactly, see `GramSystem`.
+
+Notation as in hessian.py. Layers of one shape are stacked and treated together: g layers in a group.
+
+References: Jacot, Gabriel & Hongler (2018), the Gram matrix; Martens & Grosse (2015), Kronecker factors of a layer and
+the split π of their damping; Tassa, Erez & Todorov (2012), steps measured in states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hessian import LayerDerivatives, _blocks, _forward_tangent, _with_skip
+
+_LARGEST_RESIDUAL = 1e8  # of w; beyond it w has lost its digits
+
+
+class ScaledOutput(NamedTuple):
+    root: Tensor  # (N, C, K) S with Λ_b = S_b S_bᵀ
+    residual: Tensor  # (N, K) w with λ_b = S_b w_b
+
+
+def scaled_output(layer: LayerDerivatives) -> ScaledOutput:
+    """S and w of the last layer; K = C, or C − 1 where the columns of Λ_b sum to zero.
+
+    There, S_b = (diag(√π) − π√πᵀ)/√N times the columns but one of the Householder matrix that takes √π to e_r, r the
+    likeliest class; in closed form nothing cancels where π_r is nearly 1.
+    """
+    d, adjoint = layer.output.diagonal, layer.adjoint  # (N, C)
+    N, C = d.shape
+    if not layer.output.zero_sum:
+        root = d.sqrt()
+        return ScaledOutput(torch.diag_embed(root), adjoint / root)
+    scale = d.sum(1, keepdim=True).sqrt()  # √(1/N): Λ_b = (diag(π) − ππᵀ) scale²
+    pi = d / scale**2
+    r = d.argmax(1, keepdim=True)
+    others = torch.arange(C - 1, device=d.device).expand(N, C - 1)
+    others = others + (others >= r)  # (N, K) every class but r
+    root_r, rest = pi.gather(1, r).sqrt(), pi.gather(1, others)
+    total = rest.sum(1, keepdim=True)  # 1 − π_r
+    q = rest / torch.where(total > 0, total, 1.0)
+    # (I − √π √πᵀ) after the reflection: rows k ≠ r: δ_kc − q_k (1 + √π_r); row r: √π_r
+    block = torch.diag_embed(torch.ones_like(rest)) - (q * (1 + root_r))[:, :, None]
+    S = d.new_empty(N, C, C - 1)
+    S.scatter_(1, others[:, :, None].expand(N, C - 1, C - 1), block)
+    S.scatter_(1, r[:, :, None].expand(N, 1, C - 1), root_r[:, :, None].expand(N, 1, C - 1))
+    S *= (scale * rest.sqrt())[:, None, :]
+    # w_c = λ_c/√π_c + √π_c λ_r/(√π_r (1 − √π_r)), over the scale
+    tiny = torch.finfo(d.dtype).tiny
+    root_rest = rest.sqrt().clamp_min(tiny)
+    gap = (total / (1 + root_r)).clamp_min(tiny)
+    w = adjoint.gather(1, others) / root_rest + rest.sqrt() * adjoint.gather(1, r) / (root_r * gap)
+    return ScaledOutput(S, w / scale)
+
+
+def output_jacobians(layers: Sequence[LayerDerivatives], root: Tensor) -> list[Tensor]:
+    """E_ℓ = Sᵀ ∂h_L/∂h_ℓ (K, N, a) of each layer, first layer first: one backward pass of K columns a sample."""
+    E, beta = [root.permute(2, 0, 1).contiguous()], None
+    for above, layer in zip(reversed(layers[1:]), reversed(layers[:-1]), strict=True):
+        beta = _with_skip(above.skip, E[-1] @ above.weight, beta)
+        E.append(beta * layer.slope)
+    return E[::-1]
+
+
+def state_weights(layers: Sequence[LayerDerivatives]) -> list[Tensor]:
+    """Ω_ℓ (a, a) of each hidden layer: uᵀΩ u = Σ_j ‖δh_j‖² over hidden j ≥ ℓ, if h_ℓ changes by u; mean over samples.
+
+    Ω_{ℓ,b} = I + φ′Π_ℓ φ′,   Π_{ℓ-1} = WᵀΩ_ℓ W + σ (Wᵀφ′Π_ℓ + Π_ℓ φ′W) + σ²Π_ℓ,   Π_{L-1} = 0,   W = W_ℓ
+    """
+    Omega, Pi = [], None
+    for index, layer in reversed(list(enumerate(layers[:-1]))):
+        N, a = layer.slope.shape
+        if Pi is None:
+            weight = torch.eye(a, dtype=layer.slope.dtype, device=layer.slope.device).expand(N, a, a)
+        else:
+            slope_Pi = layer.slope[:, :, None] * Pi
+            weight = slope_Pi * layer.slope[:, None, :]
+            weight.diagonal(dim1=1, dim2=2).add_(1)
+        Omega.append(weight.mean(0))
+        if index == 0:
+            break
+        below = layer.weight.mT @ (weight @ layer.weight)
+        if layer.skip and Pi is not None:
+            cross = layer.weight.mT @ slope_Pi
+            below = below + layer.skip * (cross + cross.mT) + layer.skip**2 * Pi
+        Pi = below
+    return Omega[::-1]
+
+
+class _Group(NamedTuple):
+    """g consecutive layers of one shape, whitened by their part of the metric, D_ℓ = Ω_ℓ ⊗ A_ℓ."""
+
+    inputs: Tensor  # (g, N, r) z̃ Q C⁻ᵀ
+    outputs: Tensor  # (g, a, K N) F⁻¹ Eᵀ
+    output_factor: Tensor | None  # (g, a, a) F: Ω = F Fᵀ; None where D_ℓ is a multiple of the identity
+    input_factor: Tensor | None  # (g, r, r) C: QᵀA Q = C Cᵀ
+    basis: Tensor | None  # (g, d, r) Q, orthonormal; None: the identity
+    outside: Tensor | float  # (g, 1, 1) A outside of Q's range; or √ of that multiple
+    width: int  # a′, the inputs but the bias
+
+    def unwhiten(self, U: Tensor) -> Tensor:
+        """F⁻ᵀ U C⁻¹ Qᵀ for U (g, a, r)."""
+        if self.output_factor is None:
+            return U / self.outside
+        U = torch.linalg.solve_triangular(self.output_factor.mT, U, upper=True)
+        U = torch.linalg.solve_triangular(self.input_factor, U, upper=False, left=False)
+        return U if self.basis is None else U @ self.basis.mT
+
+    def solve(self, X: Tensor) -> Tensor:
+        """Ω⁻¹ X A⁻¹ for X (g, a, d)."""
+        if self.output_factor is None:
+            return X / self.outside**2
+        X = torch.linalg.solve_triangular(self.output_factor, X, upper=False)
+        inside = X if self.basis is None else X @ self.basis
+        solved = self.unwhiten(torch.linalg.solve_triangular(self.input_factor.mT, inside, upper=True, left=False))
+        if self.basis is None:
+            return solved
+        rest = (X - inside @ self.basis.mT) / self.outside
+        return solved + torch.linalg.solve_triangular(self.output_factor.mT, rest, upper=True)
+
+    def flatten(self, X: Tensor) -> Tensor:
+        """(g, a, d) → the layers' part of a flat vector: each weight, then its bias."""
+        return torch.cat([X[:, :, : self.width].flatten(1), X[:, :, self.width :].flatten(1)], 1).flatten()
+
+
+def _plain_group(inputs: Tensor, outputs: Tensor, multiple: float, width: int) -> _Group:
+    """D = multiple · I."""
+    root = math.sqrt(multiple)
+    return _Group(inputs, outputs / root, None, None, None, root, width)
+
+
+def _state_group(inputs: Tensor, outputs: Tensor, Omega: Tensor, rho: float, width: int) -> _Group:
+    """D = (Ω + √ρ π I) ⊗ (A + (√ρ/π) I), A = z̃ᵀz̃/N, π² = (tr Ω / a) / (tr A / d); inputs (g, N, d)."""
+    N, d = inputs.shape[1:]
+    basis = None
+    if N < d:  # outside of the samples' span A is one number: a factor of size d is never formed
+        basis, R = torch.linalg.qr(inputs.mT)
+        inputs = R.mT
+    A = inputs.mT @ inputs / N
+    mean_Omega, mean_A = Omega.diagonal(dim1=1, dim2=2).mean(1), A.diagonal(dim1=1, dim2=2).sum(1) / d
+    # dead inputs (A = 0) leave nothing to balance
+    pi = torch.where(mean_A > 0, mean_Omega / mean_A, 1.0).sqrt()[:, None]
+    outside = math.sqrt(rho) / pi
+    Omega = Omega.clone()
+    Omega.diagonal(dim1=1, dim2=2).add_(math.sqrt(rho) * pi)
+    A.diagonal(dim1=1, dim2=2).add_(outside)
+    F, C = torch.linalg.cholesky(Omega), torch.linalg.cholesky(A)
+    whitened = torch.linalg.solve_triangular(C, inputs.mT, upper=False).mT
+    outputs = torch.linalg.solve_triangular(F, outputs, upper=False)
+    return _Group(whitened, outputs, F, C, basis, outside[:, :, None], width)
+
+
+class DampedSystem(NamedTuple):
+    """M + λ, factored: one λ of a `GramSystem`."""
+
+    groups: list[_Group]
+    matrix: Tensor  # (K N, K N) M
+    factor: Tensor  # (K N, K N) the Cholesky factor of M + λ
+    shape: tuple[int, int]  # K, N
+
+    def solve(self, y: Tensor) -> Tensor:
+        """(M + λ)⁻¹ y for y (K N,)."""
+        return torch.cholesky_solve(y[:, None], self.factor)[:, 0]
+
+    def transpose(self, y: Tensor) -> Tensor:
+        """D⁻¹ Jᵀ y (P,) for y (K N,)."""
+        pieces = []
+        for group in self.groups:
+            weighted = (group.outputs * y).unflatten(2, self.shape).sum(2)  # (g, a, N)
+            pieces.append(group.flatten(group.unwhiten(weighted @ group.inputs)))
+        return torch.cat(pieces)
+
+
+class GramSystem:
+    """(JᵀJ + cI + λD) x = −Jᵀw − g at one batch, for any λ > 0.
+
+    metric 'parameter': D = I. metric 'state': D measures the change of all hidden pre-activations, mean over the batch,
+    by Kronecker factors, D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) in hidden layers (`state_weights`; A_ℓ = z̃ᵀz̃/N), and
+    D_L = ρI. With c > 0, an L2 term ½c‖θ‖² in the objective, ρ + c/λ stands for ρ: λD then holds cI exactly, beside a
+    rest that is positive semidefinite and vanishes with λ. That takes a Gram matrix for each λ.
+
+    rest: g (P,), a part of the gradient that Jᵀw doesn't hold, w the residual of the batch; or None. without_residual:
+    w = 0, all of the gradient is in `rest`.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerDerivatives],
+        metric: str,
+        metric_damping: float,
+        weight_decay: float,
+        rest: Tensor | None,
+        without_residual: bool = False,
+    ):
+        self.layers, self.metric, self.metric_damping, self.weight_decay = layers, metric, metric_damping, weight_decay
+        self.root, residual = scaled_output(layers[-1])
+        self.shape = (self.root.shape[2], len(self.root))  # K, N
+        self.residual = None if without_residual else residual.mT.flatten()  # (K N,)
+        self.rest = rest
+        self._jacobians = output_jacobians(layers, self.root)
+        self._Omega = state_weights(layers) if metric == "state" else []
+        self._whitened: tuple[float, list[_Group], Tensor] | None = None
+
+    def at(self, damping: float) -> DampedSystem | None:
+        """M + λ, factored; None where rounding leaves it no Cholesky factor."""
+        if self.metric == "state":
+            groups, M = self._metric(self.metric_damping + self.weight_decay / damping)
+            shift = damping
+        else:
+            groups, M = self._metric(1.0)
+            shift = damping + self.weight_decay
+        shifted = M.clone()
+        shifted.diagonal().add_(shift)
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        return DampedSystem(groups, M, factor, self.shape) if int(info) == 0 else None
+
+    def step(self, damped: DampedSystem, damping: float) -> tuple[Tensor, Tensor]:
+        """x (P,) and J x (K N,)."""
+        shift = damping if self.metric == "state" else damping + self.weight_decay
+        y = 0.0 if self.residual is None else self.residual
+        scaled = None
+        if self.rest is not None:  # D⁻¹g/λ
+            blocks, pieces, start = _blocks(self.layers, self.rest[:, None]), [], 0
+            for group in damped.groups:
+                X = torch.cat(blocks[start : start + len(group.inputs)])
+                pieces.append(group.flatten(group.solve(X)))
+                start += len(group.inputs)
+            scaled = torch.cat(pieces) / shift
+            along = self.scaled_tangent(scaled)
+            y = y - along
+        y = damped.solve(y)
+        x, Jx = -damped.transpose(y), -(damped.matrix @ y)
+        return (x, Jx) if scaled is None else (x - scaled, Jx - along)
+
+    def scaled_tangent(self, x: Tensor) -> Tensor:
+        """J x (K N,) for x (P,)."""
+        for s, _ in _forward_tangent(self.layers, _blocks(self.layers, x[:, None])):
+            last = s
+        return self.scale(last[0])
+
+    def scale(self, logits: Tensor) -> Tensor:
+        """Sᵀ times changes of the logits (N, C): (K N,)."""
+        return torch.einsum("nck,nc->kn", self.root, logits).flatten()
+
+    def _metric(self, rho: float) -> tuple[list[_Group], Tensor]:
+        """The whitened groups and M, kept for the last ρ."""
+        if self._whitened is None or self._whitened[0] != rho:
+            groups = self._groups(rho)
+            self._whitened = (rho, groups, _gram_matrix(groups, self.shape))
+        return self._whitened[1:]
+
+    def _groups(self, rho: float) -> list[_Group]:
+        groups, last = [], len(self.layers) - 1
+        shapes = [(layer.weight.shape, layer.inputs.shape[1], i == last) for i, layer in enumerate(self.layers)]
+        for (weight, _, is_last), members in groupby(range(last + 1), key=shapes.__getitem__):
+            members = list(members)
+            inputs = torch.stack([self.layers[i].inputs for i in members])
+            outputs = torch.stack([self._jacobians[i].flatten(0, 1) for i in members]).mT
+            if self.metric == "parameter" or is_last:
+                groups.append(_plain_group(inputs, outputs, rho, weight[1]))
+            else:
+                Omega = torch.stack([self._Omega[i] for i in members])
+                groups.append(_state_group(inputs, outputs, Omega, rho, weight[1]))
+        return groups
+
+
+def _gram_matrix(groups: Sequence[_Group], shape: tuple[int, int]) -> Tensor:
+    """M = Σ_ℓ (E Ω⁻¹ Eᵀ) ∘ (z̃ A⁻¹ z̃ᵀ), (K N, K N)."""
+    K, N = shape
+    M = groups[0].inputs.new_zeros(K, N, K, N)
+    product = M.new_empty(K * N, K * N)
+    for group in groups:
+        for E, similarity in zip(group.outputs, group.inputs @ group.inputs.mT, strict=True):
+            torch.mm(E.mT, E, out=product)
+            M.addcmul_(product.view_as(M), similarity[None, :, None, :])
+    return M.view(K * N, K * N)
+
+
+def count_gram_operations(layers: Sequence[LayerDerivatives], num_dampings: int) -> float:
+    """Floating-point operations of the Gram matrix and its factorizations, to leading order."""
+    K = layers[-1].weight.shape[0] - layers[-1].output.zero_sum
+    N = len(layers[0].inputs)
+    width = sum(len(layer.weight) + 2 for layer in layers)  # E Eᵀ, and its product with z̃z̃ᵀ
+    return 2 * (N * K) ** 2 * width + num_dampings * (N * K) ** 3 / 3

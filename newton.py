@@ -1,0 +1,600 @@
+"""Training by damped Newton steps whose length is measured in activations, and the exact trust-region step.
+
+    optimizer = DampedNewton(model)
+    for _ in range(100):
+        loss = optimizer.step(lambda: model(x, y, track_activations=True))
+        if optimizer.converged:
+            break
+
+With f the objective (loss and L2 term ½c‖θ‖²), g its gradient and G a curvature, a step is θ + a x,
+
+    (G + cI + λD) x = −g,
+
+G the Gauss–Newton matrix JᵀΛJ or the exact Hessian H. A step is good as long as the linearization of the network
+holds, and in a deep network that ends when the pre-activations of some layer change too much, which a short change of
+parameters can do and a long one need not: so D measures the change of activations (metric='state'). λ and a are found
+by trial: each system is solved exactly for a few λ, the true objective is taken at a few lengths of each solution, all
+in one batched forward pass, and the lowest one wins.
+
+References: Levenberg (1944), Marquardt (1963); Tassa, Erez & Todorov (2012), damping of states; Transtrum & Sethna
+(2012), the second-order correction; Moré & Sorensen (1983), the trust-region step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hessian import (
+    DeepMLPWithTracking,
+    LayerDerivatives,
+    OutputHessian,
+    SingularHessianError,
+    _checked_derivatives,
+    _count_operations,
+    _dense_hessian,
+    _factorize,
+    _Indefinite,
+    _modified,
+)
+from hessian_checks import checked_nonnegative
+from hessian_gram import DampedSystem, GramSystem, count_gram_operations
+from newton_trust_region import TrustRegionStep, _trust_region, trust_region_step
+
+__all__ = ["DampedNewton", "StepReport", "TrustRegionStep", "trust_region_step"]
+
+
+class _Search(NamedTuple):
+    """How λ and the length are varied; by metric, measured on the problems of `benchmark.py training`."""
+
+    factor: float  # between one λ and the next
+    lengths: tuple[float, ...]
+    valley: float  # where the best trial lowers f by less than this part of it, it is extended along earlier steps
+
+
+_SEARCH = {
+    "state": _Search(10.0, (0.5, 1.0, 1.5, 2.0, 3.0), 0.05),
+    "parameter": _Search(3.0, (0.7, 1.0, 1.4), 1.0),
+    "sub-batch": _Search(10.0, (1.0, 2.0), 0.2),  # where trials on all samples are what costs
+}
+_MEMORIES = (0.0, 0.8, 0.95)  # decays of the sums of earlier steps that the best trial is extended along
+_EXTENSIONS = (0.5, 1.0, 2.0, 4.0)  # times (1 − decay) of such a sum
+_SADDLE_LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)  # both ways along a direction of negative curvature
+_MAX_TRIALS = 12  # λ tried in a step beyond the first ones
+_LEAST_DAMPING, _LARGEST_DAMPING = 1e-30, 1e16
+_DIFFERENCE = 0.1  # the second derivative along x is taken by a difference over this part of x
+_LONGEST_CORRECTION = 0.75  # of ‖x‖
+_SLOW_STEPS, _SLOW_DECREASE = 5, 0.02  # Gauss–Newton is slow: so many steps lowered f by less than this part of it
+_LITTLE_LEFT = 0.1  # and its undamped model promises less than this part of f
+_ROUNDING = 1e-13  # relative to f: what decides nothing
+_INVISIBLE = 1e-9  # relative to f: a decrease that trials can't be compared by
+_TRIAL_NUMBERS = 2**26  # numbers in the trial parameters and activations that one forward pass may hold
+
+
+class StepReport(NamedTuple):
+    """What one step did; NaN where a figure doesn't apply."""
+
+    method: str  # 'gauss_newton', 'hessian', 'saddle' (negative curvature), or 'none' (it stands at a stationary point)
+    accepted: bool
+    objective: float  # loss and L2 term before the step
+    new_objective: float
+    gradient_norm: float  # ‖g‖ before the step
+    damping: float  # λ
+    length: float  # a
+    num_trials: int  # λ tried
+
+
+class _Candidates(NamedTuple):
+    """Trial steps (k, P) with the λ and the length that each has."""
+
+    steps: Tensor
+    dampings: list[float]
+    lengths: list[float]
+
+
+class _Trial(NamedTuple):
+    """One of them, tried."""
+
+    value: float  # f there
+    step: Tensor | None  # (P,)
+    damping: float
+    length: float
+
+
+class _Objective:
+    """f at many parameter vectors at once, in one batched forward pass in the model's dtype."""
+
+    def __init__(self, model: DeepMLPWithTracking, weight_decay: float):
+        self.model, self.weight_decay = model, weight_decay
+        self.inputs, self.targets = model._tracked.inputs, model._tracked.targets
+        parameters = list(model.parameters())
+        self.theta = torch.cat([p.detach().flatten() for p in parameters]).double()
+        self._sizes = [p.numel() for p in parameters]
+        widest = max(len(layer.weight) for layer in model.layers)
+        self._rows = max(1, _TRIAL_NUMBERS // (len(self.theta) + 4 * len(self.inputs) * widest))
+
+    def logits(self, theta: Tensor) -> Tensor:
+        """(k, N, C) at θ (k, P)."""
+        pieces = iter(theta.to(self.inputs.dtype).split(self._sizes, 1))
+        z, last = self.inputs.expand(len(theta), *self.inputs.shape), len(self.model.layers) - 1
+        for index, linear in enumerate(self.model.layers):
+            weight = next(pieces).view(len(theta), -1, z.shape[2]).mT
+            h = torch.bmm(z, weight) if linear.bias is None else torch.baddbmm(next(pieces)[:, None, :], z, weight)
+            z = h if index == last else self.model.activate(index, h, z)
+        return z
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        """f (k,) at θ (k, P); where it overflows, NaN or infinite."""
+        parts = theta.split(self._rows)
+        loss = torch.cat([accurate_loss(self.model, self.logits(part).double(), self.targets) for part in parts])
+        return loss + 0.5 * self.weight_decay * (theta * theta).sum(1) if self.weight_decay else loss
+
+    def gradient_norm(self, theta: Tensor) -> float:
+        with torch.enable_grad():
+            theta = theta.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self(theta[None])[0], theta)
+        return float(torch.linalg.vector_norm(gradient))
+
+
+def accurate_loss(model: DeepMLPWithTracking, logits: Tensor, targets: Tensor) -> Tensor:
+    """The model's loss (k,) of logits (k, N, C), with all its digits where it is tiny: log(1 + Σ_{c≠y} exp(h_c − h_y))
+    keeps those that log Σ exp(h_c) − h_y cancels."""
+    if model.loss == "mse":
+        return (logits - targets.double()).square().mean((1, 2))
+    if targets.is_floating_point():
+        return -(targets.double() * F.log_softmax(logits, -1)).sum(-1).mean(-1)
+    target = targets.expand(logits.shape[:2])[..., None]
+    others = (logits - logits.gather(-1, target)).scatter(-1, target, -math.inf)
+    rest = torch.logsumexp(others, -1)
+    return torch.logaddexp(rest, torch.zeros_like(rest)).mean(-1)
+
+
+def _sub_batch(layers: Sequence[LayerDerivatives], chosen: Tensor) -> tuple[LayerDerivatives, ...]:
+    """The derivatives of the mean loss over some of the samples: all that is linear in ∂loss grows by N/k."""
+    factor = len(layers[0].inputs) / len(chosen)
+
+    def of_chosen(layer: LayerDerivatives) -> LayerDerivatives:
+        output = layer.output
+        if output is not None:
+            output = OutputHessian(output.diagonal[chosen] * factor, output.zero_sum)
+        return layer._replace(
+            inputs=layer.inputs[chosen],
+            slope=layer.slope[chosen],
+            curvature=layer.curvature[chosen] * factor,
+            adjoint=layer.adjoint[chosen] * factor,
+            output=output,
+        )
+
+    return tuple(map(of_chosen, layers))
+
+
+def _gradient(layers: Sequence[LayerDerivatives]) -> Tensor:
+    """∂loss/∂θ (P,): λᵀz̃ of each layer, its weight, then its bias."""
+    pieces = []
+    for layer in layers:
+        weight, bias = (layer.adjoint.mT @ layer.inputs).tensor_split((layer.weight.shape[1],), 1)
+        pieces += [weight.flatten(), bias.flatten()]
+    return torch.cat(pieces)
+
+
+class DampedNewton(torch.optim.Optimizer):
+    """Damped Gauss–Newton and Newton steps with exact solves, by the conventions of `torch.optim`.
+
+    `step(closure)`: the closure returns model(x, y, track_activations=True), and need not call backward. Each step
+    lowers the objective on that batch, or leaves the parameters as they are, bit for bit.
+
+    curvature: 'gauss_newton' (JᵀΛJ), 'hessian' (the exact H), or 'auto': Gauss–Newton, and the exact Hessian where
+    that gets slow at a minimum with a residual, and to leave saddles.
+    metric: what λ penalizes. 'parameter': ‖x‖². 'state': the change of all hidden pre-activations. 'auto': 'parameter'
+    for models of one input (curve fitting, where activations are nearly collinear), else 'state'.
+    route: of the Gauss–Newton system. 'gram': in N·C unknowns; 'sweep': layer by layer, as hessian.py does; 'auto': by
+    counted operations. Each solves its own system exactly, and with metric='state' these differ: the sweeps add
+    (λ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ, S_ℓx the joint first-order change of layer ℓ's pre-activations, and λρ I; the Gram route the
+    Kronecker factors of what each layer's x alone causes downstream (`hessian_gram.GramSystem`). ρ is `metric_damping`.
+    curvature_batch: k: G from k samples of the tracked batch, drawn anew each step from (seed, step); the gradient and
+    the trial objectives are those of the whole batch. None: all samples.
+    weight_decay: c of ½c‖θ‖² over all parameters, exactly: in f, g, the curvature and the trials. (SGD's weight_decay.)
+    damping: the first λ; found anew by each step. metric_damping: None for 1e-4, or 1 with a curvature_batch.
+    gtol, htol: `converged` is set where ‖g‖ ≤ gtol and H + (c + htol) I is positive definite, by its inertia: a
+    second-order stationary point. Not examined where curvature_batch leaves samples out: there ‖g‖ ≤ gtol suffices.
+
+    `.report` is a StepReport of the last step, `.converged` whether the last step found the point stationary,
+    `.stalled` whether nothing that it tried lowered f. No clock and no global random state is read: a run repeats
+    exactly, and goes on bit for bit after `load_state_dict`.
+
+    Cost of a step, k samples, K = C − 1 (or C) and P parameters: the Gram route's 2 (kK)² Σa + (kK)³/3 for each λ, or a
+    sweep for each λ (`factorize_hessian`); about 10 forward passes on the whole batch for the trials.
+    Raises what `factorize_hessian` raises for a loss that is not the tracked one. Not checked: that the closure returns
+    the loss of the same data at each step; it need not.
+    """
+
+    def __init__(
+        self,
+        model: DeepMLPWithTracking,
+        *,
+        curvature: str = "auto",
+        metric: str = "auto",
+        route: str = "auto",
+        curvature_batch: int | None = None,
+        weight_decay: float = 0.0,
+        damping: float = 1.0,
+        metric_damping: float | None = None,
+        gtol: float = 1e-12,
+        htol: float = 1e-8,
+        seed: int = 0,
+    ):
+        if not isinstance(model, DeepMLPWithTracking):
+            raise TypeError(f"model must be a DeepMLPWithTracking, got {type(model).__name__}: pass the model itself")
+        _check_choice("curvature", curvature, ("auto", "gauss_newton", "hessian"))
+        _check_choice("metric", metric, ("auto", "state", "parameter"))
+        _check_choice("route", route, ("auto", "gram", "sweep"))
+        if curvature_batch is not None and not (isinstance(curvature_batch, int) and curvature_batch >= 1):
+            raise ValueError(f"curvature_batch must be an integer ≥ 1, or None for all, got {curvature_batch!r}")
+        if route == "gram" and curvature == "hessian":
+            raise ValueError("route='gram' has the Gauss–Newton curvature only: pass route='sweep' or curvature='auto'")
+        if metric == "auto":
+            metric = "parameter" if model.input_dim == 1 else "state"
+        if metric_damping is None:
+            metric_damping = 1e-4 if curvature_batch is None else 1.0
+        for name, value in (("damping", damping), ("metric_damping", metric_damping)):
+            if not (0 < value < math.inf):
+                raise ValueError(f"{name} must be positive and finite, got {value!r}")
+        for name, value in (("weight_decay", weight_decay), ("gtol", gtol), ("htol", htol)):
+            checked_nonnegative(name, value)
+        super().__init__(
+            list(model.parameters()),
+            dict(
+                curvature=curvature,
+                metric=metric,
+                route=route,
+                curvature_batch=curvature_batch,
+                weight_decay=weight_decay,
+                metric_damping=metric_damping,
+                gtol=gtol,
+                htol=htol,
+                seed=seed,
+            ),
+        )
+        self._model = model
+        self.report: StepReport | None = None
+        self.converged = self.stalled = False
+        self.state[self.param_groups[0]["params"][0]] = {
+            "step": 0,
+            "damping": damping,  # λ of Gauss–Newton
+            "hessian_damping": damping,  # λ of the exact Hessian
+            "polishing": False,
+            "ending": False,  # f shows no difference any more
+            "patience": _SLOW_STEPS,  # Gauss–Newton steps before the exact Hessian is tried
+            "objectives": [],  # of the last Gauss–Newton steps
+            "momentum": torch.zeros(len(_MEMORIES), sum(p.numel() for p in model.parameters())).to(
+                next(model.parameters()).detach()
+            ),
+        }
+
+    def add_param_group(self, param_group: dict) -> None:
+        if self.param_groups:
+            raise ValueError("DampedNewton has one parameter group, all parameters of the model: H couples them all")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        """One step; returns the closure's loss, that before the step."""
+        with torch.enable_grad():
+            loss = closure()
+        layers = _checked_derivatives(self._model, loss)
+        _Step(self, layers).take()
+        return loss
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, choices))}")
+
+
+class _Step:
+    """One step of a DampedNewton: everything that lives no longer than that."""
+
+    def __init__(self, optimizer: DampedNewton, layers: tuple[LayerDerivatives, ...]):
+        self.optimizer, self.layers = optimizer, layers
+        (self.group,) = optimizer.param_groups
+        self.state = optimizer.state[self.group["params"][0]]
+        self.weight_decay = self.group["weight_decay"]
+        self.objective = _Objective(optimizer._model, self.weight_decay)
+        self.theta = self.objective.theta
+        self.gradient = _gradient(layers)
+        if self.weight_decay:
+            self.gradient = self.gradient + self.weight_decay * self.theta
+        self.gradient_norm = float(torch.linalg.vector_norm(self.gradient))
+        N, size = len(layers[0].inputs), self.group["curvature_batch"]
+        self.of_batch = size is None or size >= N
+        self.search = _SEARCH[self.group["metric"] if self.of_batch else "sub-batch"]
+        if not self.of_batch:
+            generator = torch.Generator().manual_seed(1_000_003 * self.group["seed"] + self.state["step"])
+            chosen = torch.randperm(N, generator=generator)[:size].sort().values
+            layers = _sub_batch(layers, chosen.to(layers[0].inputs.device))
+        self.curvature_layers = layers
+        self.before = math.nan
+        self.num_trials = 0
+        self._gram: GramSystem | None = None
+        self._dense: Tensor | None = None
+
+    # ---------------------------------------------------------------------------------------------- the decision
+
+    def take(self) -> None:
+        optimizer, state, group = self.optimizer, self.state, self.group
+        optimizer.converged = optimizer.stalled = False
+        state["step"] += 1
+        if self.gradient_norm <= group["gtol"]:
+            optimizer.converged = self.is_second_order_point()
+            if optimizer.converged or group["curvature"] == "gauss_newton":
+                self.before = float(self.objective(self.theta[None]))
+                self.finish("none", None, may_move=False)
+            else:
+                self.leave_saddle()
+        elif group["curvature"] == "hessian" or (state["polishing"] and self.of_batch):
+            self.newton()
+        else:
+            self.gauss_newton()
+
+    def gauss_newton(self) -> None:
+        state, may_polish = self.state, self.group["curvature"] == "auto" and self.of_batch
+        found = self.bracket(self.gram_steps, "damping") if self.by_gram() else self.climb(self.sweep_steps, "damping")
+        accepted = self.finish("gauss_newton", self.extended(found))
+        state["objectives"] = [*state["objectives"], self.before][-(state["patience"] + 1) :]
+        slow = (
+            len(state["objectives"]) > state["patience"] and self.before > (1 - _SLOW_DECREASE) * state["objectives"][0]
+        )
+        if may_polish and (not accepted or (slow and self.little_left())):
+            state["polishing"], state["objectives"] = True, []
+            state["decrease"] = self.before - self.optimizer.report.new_objective if accepted else 0.0
+            state["gradient_norm"] = math.inf
+            self.optimizer.stalled = False
+        elif not accepted and not self.of_batch:
+            # the next draw may do better
+            state["damping"] = min(100 * state["damping"], _LARGEST_DAMPING)
+
+    def newton(self) -> None:
+        """A step with the exact Hessian; in 'auto', back to Gauss–Newton where that lowered f by more and ‖g‖ does not
+        fall fast, as it does at the end."""
+        state = self.state
+        trial = self.last_digits() if state["ending"] else None
+        if trial is None:
+            dense = self.hessian_route() == "dense" and self.group["metric"] == "parameter"
+            search = self.bracket if dense else self.climb
+            trial, state["ending"] = self.extended(search(self.hessian_steps, "hessian_damping")), False
+            if trial is None or not self.before - trial.value > _INVISIBLE * abs(self.before):
+                end = self.last_digits()
+                trial, state["ending"] = end or trial, end is not None
+        accepted = self.finish("hessian", trial, certain=state["ending"])
+        if self.group["curvature"] != "auto":
+            return
+        decrease = self.before - trial.value if accepted else 0.0
+        converging = accepted and (state["ending"] or self.gradient_norm < 0.5 * state["gradient_norm"])
+        if decrease < state["decrease"] and not converging:
+            state["polishing"], state["patience"] = False, 2 * state["patience"]
+        state["gradient_norm"] = self.gradient_norm
+
+    def is_second_order_point(self) -> bool:
+        if not self.of_batch:
+            return True
+        shift = self.weight_decay + self.group["htol"]
+        return _definite_factorization(self.layers, shift) is not None
+
+    def leave_saddle(self) -> None:
+        """Down a direction of negative curvature, by the trust-region step from a point with g ≈ 0."""
+        found = _trust_region(self.layers, self.gradient, 1.0, self.weight_decay)
+        lengths = [sign * length for length in _SADDLE_LENGTHS for sign in (1.0, -1.0)]
+        steps = torch.stack([length * found.step for length in lengths])
+        best = self.best_of(_Candidates(steps, [found.damping] * len(lengths), lengths))
+        self.finish("saddle", best)
+
+    def little_left(self) -> bool:
+        """Whether the Gauss–Newton model, hardly damped, promises to lower f by a small part of it only: then f has a
+        residual there, which that model can't see the curvature of, and more of its steps won't help."""
+        damping = max(1e-6 * self.state["damping"], _LEAST_DAMPING)
+        steps = self.gram_steps([damping]) if self.by_gram() else self.sweep_steps([damping])
+        if steps is None:
+            return False
+        x = steps.steps[steps.lengths.index(1.0)]
+        return -0.5 * float(self.gradient @ x) < _LITTLE_LEFT * self.before
+
+    # ------------------------------------------------------------------------------------------------- the search
+
+    def best_of(self, candidates: _Candidates) -> _Trial:
+        """The candidate with the lowest f; NaN counts as infinite."""
+        steps = candidates.steps
+        if math.isnan(self.before):  # f itself in the same pass, so that rounding is the same
+            steps = torch.cat([torch.zeros_like(steps[:1]), steps])
+        values = self.objective(self.theta + steps)
+        if math.isnan(self.before):
+            self.before, values = float(values[0]), values[1:]
+        value, index = values.nan_to_num(nan=math.inf).min(0)
+        return _Trial(float(value), candidates.steps[index], candidates.dampings[index], candidates.lengths[index])
+
+    def bracket(self, steps_at: Callable[[Sequence[float]], _Candidates | None], key: str) -> _Trial | None:
+        """The best of three λ around the last, then of more beyond, as long as the best one is the outermost."""
+        start, factor = self.state[key], self.search.factor
+        tried, best = [], None
+        wanted = [start * factor, start, start / factor]
+        for _ in range(_MAX_TRIALS):
+            tried += wanted
+            candidates = steps_at(wanted)
+            if candidates is not None:
+                found = self.best_of(candidates)
+                best = found if best is None or found.value < best.value else best
+            if best is None or not best.value < self.before or best.damping == max(tried):
+                wanted = [factor * max(tried)]
+            elif best.damping == min(tried):
+                wanted = [min(tried) / factor]
+            else:
+                break
+            if not _LEAST_DAMPING < wanted[0] < _LARGEST_DAMPING:
+                break
+        self.num_trials = len(tried)
+        if best is not None and best.value < self.before:
+            self.state[key] = best.damping
+        return best
+
+    def climb(self, steps_at: Callable[[Sequence[float]], _Candidates | None], key: str) -> _Trial | None:
+        """One λ, where each costs a factorization: raised until f falls, lowered for the next step if all went well."""
+        damping, best = self.state[key], None
+        for trial in range(_MAX_TRIALS):
+            self.num_trials = trial + 1
+            candidates = steps_at([damping])
+            if candidates is not None:
+                best = self.best_of(candidates)
+                if best.value < self.before:
+                    lower = 1.0 if best.length < 1 else 0.1 if trial else 0.01
+                    self.state[key] = max(lower * damping, _LEAST_DAMPING)
+                    return best
+            damping *= 10 if trial < 3 else 100
+            if damping > _LARGEST_DAMPING:
+                break
+        return best
+
+    def extended(self, best: _Trial | None) -> _Trial | None:
+        """The best trial, or it and a part of what earlier steps had in common, if that is better: along a narrow bent
+        valley the steps are short and alike. Elsewhere it would lead a deep network out of what its model knows."""
+        if best is None or not (1 - self.search.valley) * self.before < best.value < self.before:
+            return best
+        momentum = self.state["momentum"].double()
+        along = (1 - momentum.new_tensor(_MEMORIES))[:, None] * momentum
+        rows = best.step + (momentum.new_tensor(_EXTENSIONS)[:, None, None] * along).flatten(0, 1)
+        found = self.best_of(_Candidates(rows, [best.damping] * len(rows), [best.length] * len(rows)))
+        return found if found.value < best.value else best
+
+    def last_digits(self) -> _Trial | None:
+        """Newton's step, undamped, where it promises less than f can show: taken if f stays and ‖g‖ falls."""
+        candidates = self.hessian_steps([_LEAST_DAMPING])
+        if candidates is None:
+            return None
+        x = candidates.steps[candidates.lengths.index(1.0)]
+        if math.isnan(self.before):
+            self.before = float(self.objective(self.theta[None]))
+        if not 0 <= -0.5 * float(self.gradient @ x) <= _INVISIBLE * abs(self.before):
+            return None
+        value = float(self.objective((self.theta + x)[None]))
+        flat = value <= self.before + _ROUNDING * abs(self.before)
+        if flat and self.objective.gradient_norm(self.theta + x) < self.gradient_norm:
+            return _Trial(value, x, 0.0, 1.0)
+        return None
+
+    def finish(self, method: str, trial: _Trial | None, *, may_move: bool = True, certain: bool = False) -> bool:
+        """Accept the trial if f falls (or if it is certain), and report."""
+        optimizer = self.optimizer
+        accepted = trial is not None and (certain or trial.value < self.before)
+        if accepted:
+            parameters = self.group["params"]
+            pieces = (self.theta + trial.step).split([p.numel() for p in parameters])
+            for p, piece in zip(parameters, pieces, strict=True):
+                p.copy_(piece.view_as(p))
+            momentum = self.state["momentum"]
+            momentum.mul_(momentum.new_tensor(_MEMORIES)[:, None]).add_(trial.step.to(momentum.dtype))
+        optimizer.stalled = may_move and not accepted
+        value, _, damping, length = trial or _Trial(math.nan, None, math.nan, math.nan)
+        optimizer.report = StepReport(
+            method, accepted, self.before, value, self.gradient_norm, damping, length, self.num_trials
+        )
+        return accepted
+
+    # ------------------------------------------------------------------------------------------------ the systems
+
+    def by_gram(self) -> bool:
+        route = self.group["route"]
+        if route == "auto":
+            operations, _ = _count_operations(self.curvature_layers)
+            gram = count_gram_operations(self.curvature_layers, num_dampings=3)
+            return gram <= min(operations.values())
+        return route == "gram"
+
+    def gram_steps(self, dampings: Sequence[float]) -> _Candidates | None:
+        if self._gram is None:
+            rest = self.gradient if not self.of_batch else self.weight_decay * self.theta if self.weight_decay else None
+            self._gram = GramSystem(
+                self.curvature_layers,
+                self.group["metric"],
+                self.group["metric_damping"],
+                self.weight_decay,
+                rest,
+                without_residual=not self.of_batch,
+            )
+        systems = {damping: damped for damping in dampings if (damped := self._gram.at(damping)) is not None}
+        if not systems:
+            return None
+        x, Jx = (torch.stack(z) for z in zip(*(self._gram.step(s, d) for d, s in systems.items()), strict=True))
+        y = None
+        if self.optimizer._model.loss == "mse" and self.of_batch:
+            y = self.corrections(list(systems.values()), x, Jx)
+        return self.candidates(list(systems), x, y)
+
+    def corrections(self, systems: Sequence[DampedSystem], x: Tensor, Jx: Tensor) -> Tensor:
+        """−½ (JᵀJ + cI + λD)⁻¹ Jᵀ Sᵀs₂ (m, P), s₂ the second derivative of the logits along x, by a one-sided
+        difference: the bend of the curve that the solution follows as the length grows (Transtrum & Sethna 2012). For
+        the mean square alone: with cross-entropy it saved one step in fourteen, and cost more than that."""
+        logits = self.objective.logits(torch.cat([self.theta[None], self.theta + _DIFFERENCE * x])).double()
+        bends = [
+            (self._gram.scale(h - logits[0]) / _DIFFERENCE - s) * (2 / _DIFFERENCE)
+            for h, s in zip(logits[1:], Jx, strict=True)
+        ]
+        y = torch.stack([-0.5 * s.transpose(s.solve(bend)) for s, bend in zip(systems, bends, strict=True)])
+        longest = _LONGEST_CORRECTION * torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        return y * (longest / torch.linalg.vector_norm(y, dim=1, keepdim=True)).clamp(max=1.0)
+
+    def candidates(self, dampings: Sequence[float], x: Tensor, y: Tensor | None = None) -> _Candidates:
+        """a x, and a x + a² y where there are corrections y, for each λ and length a."""
+        lengths = self.search.lengths
+        a = x.new_tensor(lengths)[:, None]
+        steps = a * x[:, None]  # (m, lengths, P)
+        if y is not None:
+            steps = torch.cat([steps, steps + a**2 * y[:, None]], 1)
+            lengths = lengths + lengths
+        return _Candidates(steps.flatten(0, 1), [d for d in dampings for _ in lengths], [*lengths] * len(dampings))
+
+    def sweep_steps(self, dampings: Sequence[float]) -> _Candidates | None:
+        return self.exact_steps("gauss_newton", dampings)
+
+    def hessian_steps(self, dampings: Sequence[float]) -> _Candidates | None:
+        return self.exact_steps("hessian", dampings)
+
+    def hessian_route(self) -> str:
+        operations, _ = _count_operations(self.curvature_layers)
+        return min(operations, key=operations.get)
+
+    def dense_hessian(self) -> Tensor | None:
+        """H as a matrix, formed once a step, where that is the cheaper route."""
+        if self._dense is None and self.hessian_route() == "dense":
+            self._dense = _dense_hessian(self.curvature_layers, len(self.theta))
+        return self._dense
+
+    def exact_steps(self, curvature: str, dampings: Sequence[float]) -> _Candidates | None:
+        """x by a factorization for each λ; left out where the matrix is not positive definite, or solved badly."""
+        found = {}
+        for damping in dampings:
+            state_damping = damping if self.group["metric"] == "state" else 0.0
+            shift = damping * (self.group["metric_damping"] if state_damping else 1.0)
+            # an L2 term keeps H + cI away from singular, and Newton's step undamped; else htol stands in for it
+            shift = shift + self.weight_decay if self.weight_decay else max(shift, self.group["htol"])
+            layers = _modified(self.curvature_layers, curvature, state_damping)
+            H = self.dense_hessian() if curvature == "hessian" and not state_damping else None
+            factorization = _definite_factorization(layers, shift, H)
+            if factorization is None:
+                continue
+            try:
+                x = factorization.solve(-self.gradient, rtol=1e-6)
+            except SingularHessianError:  # this λ is too small for float64; a larger one is tried
+                continue
+            found[damping] = x
+        return self.candidates(list(found), torch.stack(list(found.values()))) if found else None
+
+
+def _definite_factorization(layers: tuple[LayerDerivatives, ...], shift: float, H: Tensor | None = None):
+    """H + shift·I, factored; None where it is not positive definite, or singular to rounding. H: if it was formed."""
+    try:
+        return _factorize(layers, shift, "hessian", "auto" if H is None else "dense", definite_only=True, H=H)
+    except (_Indefinite, SingularHessianError):
+        return None
