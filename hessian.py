@@ -208,14 +208,13 @@ class DeepMLPWithTracking(nn.Module):
         return f"activation={self.activation!r}, loss={self.loss!r}, skips={int(sum(self.skips))}"
 
     def activate(self, index: int, h: Tensor, z: Tensor) -> Tensor:
-        """Output z_ℓ (N, a) of hidden layer `index` from its pre-activations h and its inputs z. Override both this and
-        `activation_derivatives` to add a new kind of layer z_ℓ = f(h) + σ z, f elementwise (USAGE shows one)."""
+        """Output z_ℓ (…, N, a) of hidden layer `index` from its pre-activations h and its inputs z. Override both this
+        and `activation_derivatives` to add a new kind of layer z_ℓ = f(h) + σ z, f elementwise (USAGE shows one)."""
         return _with_skip(self.skips[index], ACTIVATIONS[self.activation].value(h), z)
 
     def activation_derivatives(self, index: int, h: Tensor) -> tuple[Tensor, Tensor]:
         """First and second derivative of `activate` in h, elementwise, (N, a) each, in the dtype of h."""
-        phi = ACTIVATIONS[self.activation]
-        return phi.first(h), phi.second(h)
+        return ACTIVATIONS[self.activation].derivatives(h)
 
     def forward(self, x: Tensor, targets: Tensor | None = None, track_activations: bool = False) -> Tensor:
         if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[1:].numel() != self.input_dim:

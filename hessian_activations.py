@@ -13,42 +13,57 @@ from torch import Tensor, nn
 
 
 class Activation(NamedTuple):
-    """An elementwise φ with its closed-form derivatives; each maps a tensor of h to one of the same shape."""
+    """An elementwise φ in closed form: φ(h), and its first two derivatives together, tensors of the shape of h."""
 
     value: Callable[[Tensor], Tensor]
-    first: Callable[[Tensor], Tensor]
-    second: Callable[[Tensor], Tensor]
+    derivatives: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    def first(self, h: Tensor) -> Tensor:
+        return self.derivatives(h)[0]
+
+    def second(self, h: Tensor) -> Tensor:
+        return self.derivatives(h)[1]
 
 
-def _logistic(f: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """h ↦ f(h, 1/(1 + e⁻ʰ))."""
-    return lambda h: f(h, torch.sigmoid(h))
+def _tanh(h: Tensor) -> tuple[Tensor, Tensor]:
+    t = torch.tanh(h)
+    first = 1 - t * t
+    return first, -2 * t * first
 
 
-def _gaussian(h: Tensor) -> Tensor:
-    return torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)
+def _sigmoid(h: Tensor) -> tuple[Tensor, Tensor]:
+    s = torch.sigmoid(h)
+    first = s * (1 - s)
+    return first, first * (1 - 2 * s)
+
+
+def _softplus(h: Tensor) -> tuple[Tensor, Tensor]:
+    s = torch.sigmoid(h)
+    return s, s * (1 - s)
+
+
+def _silu(h: Tensor) -> tuple[Tensor, Tensor]:
+    s = torch.sigmoid(h)
+    return s * (1 + h * (1 - s)), s * (1 - s) * (2 + h * (1 - 2 * s))
+
+
+def _gelu(h: Tensor) -> tuple[Tensor, Tensor]:
+    density = torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)
+    return 0.5 * torch.erfc(-h / math.sqrt(2)) + h * density, (2 - h * h) * density
+
+
+def _relu(h: Tensor) -> tuple[Tensor, Tensor]:
+    return (h > 0).to(h.dtype), torch.zeros_like(h)
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "tanh": Activation(
-        torch.tanh, lambda h: 1 - torch.tanh(h) ** 2, lambda h: -2 * torch.tanh(h) * (1 - torch.tanh(h) ** 2)
-    ),
-    "sigmoid": Activation(
-        torch.sigmoid, _logistic(lambda h, s: s * (1 - s)), _logistic(lambda h, s: s * (1 - s) * (1 - 2 * s))
-    ),
+    "tanh": Activation(torch.tanh, _tanh),
+    "sigmoid": Activation(torch.sigmoid, _sigmoid),
     # beyond a threshold of 40 softplus(h) = h to double precision; at torch's default, 20, that is off by 2e-9
-    "softplus": Activation(lambda h: F.softplus(h, threshold=40.0), torch.sigmoid, _logistic(lambda h, s: s * (1 - s))),
-    "gelu": Activation(
-        F.gelu,
-        lambda h: 0.5 * torch.erfc(-h / math.sqrt(2)) + h * _gaussian(h),
-        lambda h: (2 - h * h) * _gaussian(h),
-    ),
-    "silu": Activation(
-        F.silu,
-        _logistic(lambda h, s: s * (1 + h * (1 - s))),
-        _logistic(lambda h, s: s * (1 - s) * (2 + h * (1 - 2 * s))),
-    ),
-    "relu": Activation(torch.relu, lambda h: (h > 0).to(h.dtype), torch.zeros_like),
+    "softplus": Activation(lambda h: F.softplus(h, threshold=40.0), _softplus),
+    "gelu": Activation(F.gelu, _gelu),
+    "silu": Activation(F.silu, _silu),
+    "relu": Activation(torch.relu, _relu),
 }
 
 

@@ -63,7 +63,7 @@ _SEARCH = {
     "sub-batch": _Search(10.0, (1.0, 2.0), 0.2),  # where trials on all samples are what costs
 }
 _MEMORIES = (0.0, 0.8, 0.95)  # decays of the sums of earlier steps that the best trial is extended along
-_EXTENSIONS = (0.5, 1.0, 2.0, 4.0)  # times (1 − decay) of such a sum
+_EXTENSIONS = (1.0, 3.0)  # times (1 − decay) of such a sum
 _SADDLE_LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)  # both ways along a direction of negative curvature
 _MAX_TRIALS = 12  # λ tried in a step beyond the first ones
 _LEAST_DAMPING, _LARGEST_DAMPING = 1e-30, 1e16
@@ -268,6 +268,7 @@ class DampedNewton(torch.optim.Optimizer):
             "damping": damping,  # λ of Gauss–Newton
             "hessian_damping": damping,  # λ of the exact Hessian
             "polishing": False,
+            "polished": 0,  # steps since
             "ending": False,  # f shows no difference any more
             "patience": _SLOW_STEPS,  # Gauss–Newton steps before the exact Hessian is tried
             "objectives": [],  # of the last Gauss–Newton steps
@@ -350,8 +351,9 @@ class _Step:
             len(state["objectives"]) > state["patience"] and self.before > (1 - _SLOW_DECREASE) * state["objectives"][0]
         )
         if may_polish and (not accepted or (slow and self.little_left())):
-            state["polishing"], state["objectives"] = True, []
-            state["decrease"] = self.before - self.optimizer.report.new_objective if accepted else 0.0
+            # what its steps lowered f by, on the average
+            state["decrease"] = (state["objectives"][0] - self.before) / len(state["objectives"]) if accepted else 0.0
+            state["polishing"], state["polished"], state["objectives"] = True, 0, []
             state["gradient_norm"] = math.inf
             self.optimizer.stalled = False
         elif not accepted and not self.of_batch:
@@ -375,9 +377,11 @@ class _Step:
             return
         decrease = self.before - trial.value if accepted else 0.0
         converging = accepted and (state["ending"] or self.gradient_norm < 0.5 * state["gradient_norm"])
+        state["gradient_norm"], state["polished"] = self.gradient_norm, state["polished"] + 1
         if decrease < state["decrease"] and not converging:
-            state["polishing"], state["patience"] = False, 2 * state["patience"]
-        state["gradient_norm"] = self.gradient_norm
+            state["polishing"] = False
+            if state["polished"] < _SLOW_STEPS:
+                state["patience"] *= 2
 
     def is_second_order_point(self) -> bool:
         if not self.of_batch:
