@@ -629,10 +629,9 @@ def ratios(problem: Problem, runs: Runs, key: str, levels: tuple[float, ...]) ->
         if not rivals or "newton" not in medians or not math.isfinite(min(medians["newton"], *rivals.values())):
             continue
         best = min(rivals, key=rivals.get)
-        ours, theirs = (f"{t:.3g} s" if math.isfinite(t) else f">{cap:g} s" for t in (medians["newton"], rivals[best]))
-        line = (
-            f"{'‖g‖' if key == 'gradient' else 'Loss'} {level:.0e}, medians: newton {ours}, best rival {best} {theirs}"
-        )
+        ours = f"{medians['newton']:.3g} s" if math.isfinite(medians["newton"]) else f">{cap:g} s"
+        theirs = f"best rival {best} {rivals[best]:.3g} s" if math.isfinite(rivals[best]) else f"no rival in {cap:g} s"
+        line = f"{'‖g‖' if key == 'gradient' else 'Loss'} {level:.0e}, medians: newton {ours}, {theirs}"
         if math.isfinite(medians["newton"]):
             beyond = "" if math.isfinite(rivals[best]) else "more than "
             line += f": {beyond}{min(rivals[best], cap) / medians['newton']:.3g} times"

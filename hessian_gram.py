@@ -8,7 +8,8 @@ Hadamard products, never of size P:
     M = J D⁻¹ Jᵀ = Σ_ℓ (E Ω_ℓ⁻¹ Eᵀ) ∘ (z̃ A_ℓ⁻¹ z̃ᵀ)
     (JᵀJ + λD) x = −Jᵀw − g   ⇔   x = −D⁻¹ (Jᵀy + g/λ),   y = (M + λ)⁻¹ (w − J D⁻¹g/λ)
 
-Cost: 2 (N K)² Σ (a + d/K) operations for M, (N K)³/3 for each λ. An L2 term ½c‖θ‖² adds cI: exactly, see `GramSystem`.
+Cost: 2 (N K)² Σ (a + 1) operations for M, (N K)³/3 for each λ, and 4 N Σ a³ for the metric 'state'. An L2 term ½c‖θ‖²
+adds cI: exactly, see `GramSystem`.
 
 Notation as in hessian.py. Layers of one shape are stacked and treated together: g layers in a group.
 
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from hessian import LayerDerivatives, _blocks, _forward_tangent, _with_skip
 
-_LARGEST_RESIDUAL = 1e8  # of w; beyond it w has lost its digits
+_LARGEST_RESIDUAL = 1e100  # of √N w; beyond it squares overflow
 
 
 class ScaledOutput(NamedTuple):
@@ -172,6 +173,7 @@ class DampedSystem(NamedTuple):
     groups: list[_Group]
     matrix: Tensor  # (K N, K N) M
     factor: Tensor  # (K N, K N) the Cholesky factor of M + λ
+    damping: float  # λ; with metric 'parameter' c is in it
     shape: tuple[int, int]  # K, N
 
     def solve(self, y: Tensor) -> Tensor:
@@ -218,21 +220,24 @@ class GramSystem:
         self._whitened: tuple[float, list[_Group], Tensor] | None = None
 
     def at(self, damping: float) -> DampedSystem | None:
-        """M + λ, factored; None where rounding leaves it no Cholesky factor."""
-        if self.metric == "state":
-            groups, M = self._metric(self.metric_damping + self.weight_decay / damping)
-            shift = damping
-        else:
-            groups, M = self._metric(1.0)
-            shift = damping + self.weight_decay
+        """M + λ, factored; None where overflow or rounding leaves it, or a factor of the metric, no Cholesky factor."""
+        state = self.metric == "state"
+        shift = damping if state else damping + self.weight_decay
+        try:
+            groups, M = self._metric(self.metric_damping + self.weight_decay / damping if state else 1.0)
+        except torch.linalg.LinAlgError:
+            return None
         shifted = M.clone()
         shifted.diagonal().add_(shift)
         factor, info = torch.linalg.cholesky_ex(shifted)
-        return DampedSystem(groups, M, factor, self.shape) if int(info) == 0 else None
+        return DampedSystem(groups, M, factor, shift, self.shape) if int(info) == 0 else None
 
-    def step(self, damped: DampedSystem, damping: float) -> tuple[Tensor, Tensor]:
+    def has_residual(self) -> bool:
+        """Whether w has its digits: of a sample that is given up as lost, π_y underflowed, it has none."""
+        return bool((self.residual.abs() * math.sqrt(self.shape[1]) < _LARGEST_RESIDUAL).all())  # False for NaN
+
+    def step(self, damped: DampedSystem) -> tuple[Tensor, Tensor]:
         """x (P,) and J x (K N,)."""
-        shift = damping if self.metric == "state" else damping + self.weight_decay
         y = 0.0 if self.residual is None else self.residual
         scaled = None
         if self.rest is not None:  # D⁻¹g/λ
@@ -241,7 +246,7 @@ class GramSystem:
                 X = torch.cat(blocks[start : start + len(group.inputs)])
                 pieces.append(group.flatten(group.solve(X)))
                 start += len(group.inputs)
-            scaled = torch.cat(pieces) / shift
+            scaled = torch.cat(pieces) / damped.damping
             along = self.scaled_tangent(scaled)
             y = y - along
         y = damped.solve(y)
@@ -292,9 +297,14 @@ def _gram_matrix(groups: Sequence[_Group], shape: tuple[int, int]) -> Tensor:
     return M.view(K * N, K * N)
 
 
-def count_gram_operations(layers: Sequence[LayerDerivatives], num_dampings: int) -> float:
-    """Floating-point operations of the Gram matrix and its factorizations, to leading order."""
+def count_gram_operations(
+    layers: Sequence[LayerDerivatives], metric: str, weight_decay: float, num_dampings: int
+) -> float:
+    """Floating-point operations of the Gram matrices and their factorizations, to leading order."""
     K = layers[-1].weight.shape[0] - layers[-1].output.zero_sum
     N = len(layers[0].inputs)
-    width = sum(len(layer.weight) + 2 for layer in layers)  # E Eᵀ, and its product with z̃z̃ᵀ
-    return 2 * (N * K) ** 2 * width + num_dampings * (N * K) ** 3 / 3
+    state = metric == "state"
+    num_matrices = num_dampings if state and weight_decay else 1
+    matrix = 2 * (N * K) ** 2 * sum(len(layer.weight) + 1 for layer in layers)  # E Eᵀ, and its product with z̃z̃ᵀ
+    weights = sum(4 * N * len(layer.weight) ** 2 * layer.weight.shape[1] for layer in layers[1:-1]) if state else 0
+    return num_matrices * matrix + weights + num_dampings * (N * K) ** 3 / 3

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from hessian import (
     DeepMLPWithTracking,
+    HessianFactorization,
     LayerDerivatives,
     OutputHessian,
     SingularHessianError,
@@ -65,8 +67,12 @@ _SEARCH = {
 _MEMORIES = (0.0, 0.8, 0.95)  # decays of the sums of earlier steps that the best trial is extended along
 _EXTENSIONS = (1.0, 3.0)  # times (1 − decay) of such a sum
 _SADDLE_LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)  # both ways along a direction of negative curvature
-_MAX_TRIALS = 12  # λ tried in a step beyond the first ones
-_LEAST_DAMPING, _LARGEST_DAMPING = 1e-30, 1e16
+_MAX_TRIALS = 12  # rounds of trials in a step
+_LEAST_DAMPING, _LARGEST_DAMPING = 1e-30, 1e16  # λ; at the least one none is left
+_FLOOR = 1e-10  # of the damping of parameters in factorizations, the L2 term included: H alone may be singular
+_EXACT_BYTES = 2**32  # 'auto' uses the exact Hessian, and certifies by it, where a factorization takes no more
+_DENSE_CERTIFICATE = 3000  # up to so many parameters a dense factorization certifies, which is the more reliable
+_SOLVE_RTOL = 1e-6
 _DIFFERENCE = 0.1  # the second derivative along x is taken by a difference over this part of x
 _LONGEST_CORRECTION = 0.75  # of ‖x‖
 _SLOW_STEPS, _SLOW_DECREASE = 5, 0.02  # Gauss–Newton is slow: so many steps lowered f by less than this part of it
@@ -85,8 +91,9 @@ class StepReport(NamedTuple):
     new_objective: float
     gradient_norm: float  # ‖g‖ before the step
     damping: float  # λ
-    length: float  # a
+    length: float  # a, of x alone where earlier steps were added to it
     num_trials: int  # λ tried
+    certified: bool  # H + (c + htol)I was found positive definite at a point with ‖g‖ ≤ gtol
 
 
 class _Candidates(NamedTuple):
@@ -116,7 +123,7 @@ class _Objective:
         self.theta = torch.cat([p.detach().flatten() for p in parameters]).double()
         self._sizes = [p.numel() for p in parameters]
         widest = max(len(layer.weight) for layer in model.layers)
-        self._rows = max(1, _TRIAL_NUMBERS // (len(self.theta) + 4 * len(self.inputs) * widest))
+        self.rows = max(1, _TRIAL_NUMBERS // (len(self.theta) + 4 * len(self.inputs) * widest))
 
     def logits(self, theta: Tensor) -> Tensor:
         """(k, N, C) at θ (k, P)."""
@@ -130,7 +137,8 @@ class _Objective:
 
     def __call__(self, theta: Tensor) -> Tensor:
         """f (k,) at θ (k, P); where it overflows, NaN or infinite."""
-        parts = theta.split(self._rows)
+        theta = theta.to(self.inputs.dtype).double()  # what the parameters would be
+        parts = theta.split(self.rows)
         loss = torch.cat([accurate_loss(self.model, self.logits(part).double(), self.targets) for part in parts])
         return loss + 0.5 * self.weight_decay * (theta * theta).sum(1) if self.weight_decay else loss
 
@@ -142,8 +150,12 @@ class _Objective:
 
 
 def accurate_loss(model: DeepMLPWithTracking, logits: Tensor, targets: Tensor) -> Tensor:
-    """The model's loss (k,) of logits (k, N, C), with all its digits where it is tiny: log(1 + Σ_{c≠y} exp(h_c − h_y))
-    keeps those that log Σ exp(h_c) − h_y cancels."""
+    """The model's loss (k,) of logits (k, N, C); NaN where they overflow.
+
+    For class indices with all its digits where it is tiny: log(1 + Σ_{c≠y} exp(h_c − h_y)) keeps those that
+    log Σ exp(h_c) − h_y cancels.
+    """
+    logits = torch.where(logits.isfinite().all(-1, keepdim=True), logits, math.nan)  # an infinite h_y is no good fit
     if model.loss == "mse":
         return (logits - targets.double()).square().mean((1, 2))
     if targets.is_floating_point():
@@ -186,7 +198,8 @@ class DampedNewton(torch.optim.Optimizer):
     """Damped Gauss–Newton and Newton steps with exact solves, by the conventions of `torch.optim`.
 
     `step(closure)`: the closure returns model(x, y, track_activations=True), and need not call backward. Each step
-    lowers the objective on that batch, or leaves the parameters as they are, bit for bit.
+    lowers the objective on that batch, or leaves the parameters as they are, bit for bit. (At the very end of a
+    quadratic convergence f shows no difference: there ‖g‖ must fall, and f may rise by its rounding, 1e-13 of it.)
 
     curvature: 'gauss_newton' (JᵀΛJ), 'hessian' (the exact H), or 'auto': Gauss–Newton, and the exact Hessian where
     that gets slow at a minimum with a residual, and to leave saddles.
@@ -194,18 +207,22 @@ class DampedNewton(torch.optim.Optimizer):
     for models of one input (curve fitting, where activations are nearly collinear), else 'state'.
     route: of the Gauss–Newton system. 'gram': in N·C unknowns; 'sweep': layer by layer, as hessian.py does; 'auto': by
     counted operations. Each solves its own system exactly, and with metric='state' these differ: the sweeps add
-    (λ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ, S_ℓx the joint first-order change of layer ℓ's pre-activations, and λρ I; the Gram route the
-    Kronecker factors of what each layer's x alone causes downstream (`hessian_gram.GramSystem`). ρ is `metric_damping`.
+    (λ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ, S_ℓx the joint first-order change of layer ℓ's pre-activations, and λρ I (λρ + c ≥ 1e-10);
+    the Gram route the Kronecker factors of what each layer's x alone causes downstream (`hessian_gram.GramSystem`).
+    ρ is `metric_damping`.
     curvature_batch: k: G from k samples of the tracked batch, drawn anew each step from (seed, step); the gradient and
     the trial objectives are those of the whole batch. None: all samples.
     weight_decay: c of ½c‖θ‖² over all parameters, exactly: in f, g, the curvature and the trials. (SGD's weight_decay.)
     damping: the first λ; found anew by each step. metric_damping: None for 1e-4, or 1 with a curvature_batch.
     gtol, htol: `converged` is set where ‖g‖ ≤ gtol and H + (c + htol) I is positive definite, by its inertia: a
-    second-order stationary point. Not examined where curvature_batch leaves samples out: there ‖g‖ ≤ gtol suffices.
+    second-order stationary point, `.report.certified`. Where curvature_batch leaves samples out, or the factorization
+    would take more than 4 GB, H is not examined: there ‖g‖ ≤ gtol suffices, and `.report.certified` is False. (A
+    float32 model can't reach the default gtol.) Where the sweeps certify, with more than 3,000 parameters, the caveat
+    of `factorize_hessian` about tiny dampings holds for htol.
 
     `.report` is a StepReport of the last step, `.converged` whether the last step found the point stationary,
     `.stalled` whether nothing that it tried lowered f. No clock and no global random state is read: a run repeats
-    exactly, and goes on bit for bit after `load_state_dict`.
+    exactly (as far as torch does: on CUDA ask it to), and goes on bit for bit after `load_state_dict`.
 
     Cost of a step, k samples, K = C − 1 (or C) and P parameters: the Gram route's 2 (kK)² Σa + (kK)³/3 for each λ, or a
     sweep for each λ (`factorize_hessian`); about 10 forward passes on the whole batch for the trials.
@@ -230,36 +247,25 @@ class DampedNewton(torch.optim.Optimizer):
     ):
         if not isinstance(model, DeepMLPWithTracking):
             raise TypeError(f"model must be a DeepMLPWithTracking, got {type(model).__name__}: pass the model itself")
-        _check_choice("curvature", curvature, ("auto", "gauss_newton", "hessian"))
-        _check_choice("metric", metric, ("auto", "state", "parameter"))
-        _check_choice("route", route, ("auto", "gram", "sweep"))
-        if curvature_batch is not None and not (isinstance(curvature_batch, int) and curvature_batch >= 1):
-            raise ValueError(f"curvature_batch must be an integer ≥ 1, or None for all, got {curvature_batch!r}")
-        if route == "gram" and curvature == "hessian":
-            raise ValueError("route='gram' has the Gauss–Newton curvature only: pass route='sweep' or curvature='auto'")
         if metric == "auto":
             metric = "parameter" if model.input_dim == 1 else "state"
         if metric_damping is None:
             metric_damping = 1e-4 if curvature_batch is None else 1.0
-        for name, value in (("damping", damping), ("metric_damping", metric_damping)):
-            if not (0 < value < math.inf):
-                raise ValueError(f"{name} must be positive and finite, got {value!r}")
-        for name, value in (("weight_decay", weight_decay), ("gtol", gtol), ("htol", htol)):
-            checked_nonnegative(name, value)
-        super().__init__(
-            list(model.parameters()),
-            dict(
-                curvature=curvature,
-                metric=metric,
-                route=route,
-                curvature_batch=curvature_batch,
-                weight_decay=weight_decay,
-                metric_damping=metric_damping,
-                gtol=gtol,
-                htol=htol,
-                seed=seed,
-            ),
+        options = dict(
+            curvature=curvature,
+            metric=metric,
+            route=route,
+            curvature_batch=curvature_batch,
+            weight_decay=weight_decay,
+            metric_damping=metric_damping,
+            gtol=gtol,
+            htol=htol,
+            seed=seed,
         )
+        _check_options(options)
+        if not (0 < damping < math.inf):
+            raise ValueError(f"damping must be positive and finite, got {damping!r}")
+        super().__init__(list(model.parameters()), options)
         self._model = model
         self.report: StepReport | None = None
         self.converged = self.stalled = False
@@ -269,6 +275,7 @@ class DampedNewton(torch.optim.Optimizer):
             "hessian_damping": damping,  # λ of the exact Hessian
             "polishing": False,
             "polished": 0,  # steps since
+            "failed": False,  # because Gauss–Newton found nothing
             "ending": False,  # f shows no difference any more
             "patience": _SLOW_STEPS,  # Gauss–Newton steps before the exact Hessian is tried
             "objectives": [],  # of the last Gauss–Newton steps
@@ -276,6 +283,10 @@ class DampedNewton(torch.optim.Optimizer):
                 next(model.parameters()).detach()
             ),
         }
+
+    def __getstate__(self) -> dict:
+        own = {name: self.__dict__[name] for name in ("_model", "report", "converged", "stalled")}
+        return {**super().__getstate__(), **own}
 
     def add_param_group(self, param_group: dict) -> None:
         if self.param_groups:
@@ -285,16 +296,36 @@ class DampedNewton(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
         """One step; returns the closure's loss, that before the step."""
+        _check_options(self.param_groups[0])  # they may have been changed
         with torch.enable_grad():
             loss = closure()
         layers = _checked_derivatives(self._model, loss)
-        _Step(self, layers).take()
+        mine, now = self.param_groups[0]["params"], list(self._model.parameters())
+        if len(mine) != len(now) or any(p is not q for p, q in zip(mine, now, strict=True)):
+            raise ValueError("the model has other parameters than at construction: make a new DampedNewton of it")
+        with torch.autocast(loss.device.type, enabled=False):
+            _Step(self, layers).take()
         return loss
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, choices))}")
+def _check_options(options: dict) -> None:
+    for name, choices in (
+        ("curvature", ("auto", "gauss_newton", "hessian")),
+        ("metric", ("state", "parameter")),
+        ("route", ("auto", "gram", "sweep")),
+    ):
+        if options[name] not in choices:
+            choices = ("auto", *choices) if name == "metric" else choices
+            raise ValueError(f"unknown {name} {options[name]!r}: choose one of {', '.join(map(repr, choices))}")
+    size = options["curvature_batch"]
+    if size is not None and (isinstance(size, bool) or not isinstance(size, Integral) or size < 1):
+        raise ValueError(f"curvature_batch must be an integer ≥ 1, or None for all, got {size!r}")
+    if options["route"] == "gram" and options["curvature"] == "hessian":
+        raise ValueError("route='gram' has the Gauss–Newton curvature only: pass route='sweep' or curvature='auto'")
+    if not (0 < options["metric_damping"] < math.inf):
+        raise ValueError(f"metric_damping must be positive and finite, got {options['metric_damping']!r}")
+    for name in ("weight_decay", "gtol", "htol"):
+        checked_nonnegative(name, options[name])
 
 
 class _Step:
@@ -331,19 +362,20 @@ class _Step:
         optimizer.converged = optimizer.stalled = False
         state["step"] += 1
         if self.gradient_norm <= group["gtol"]:
-            optimizer.converged = self.is_second_order_point()
+            certified = self.is_second_order_point() if self.may_factorize() else None
+            optimizer.converged = certified is not False
             if optimizer.converged or group["curvature"] == "gauss_newton":
                 self.before = float(self.objective(self.theta[None]))
-                self.finish("none", None, may_move=False)
+                self.finish("none", None, certified=bool(certified))
             else:
                 self.leave_saddle()
-        elif group["curvature"] == "hessian" or (state["polishing"] and self.of_batch):
+        elif group["curvature"] == "hessian" or (group["curvature"] == "auto" and state["polishing"] and self.of_batch):
             self.newton()
         else:
             self.gauss_newton()
 
     def gauss_newton(self) -> None:
-        state, may_polish = self.state, self.group["curvature"] == "auto" and self.of_batch
+        state, may_polish = self.state, self.group["curvature"] == "auto" and self.may_factorize()
         found = self.bracket(self.gram_steps, "damping") if self.by_gram() else self.climb(self.sweep_steps, "damping")
         accepted = self.finish("gauss_newton", self.extended(found))
         state["objectives"] = [*state["objectives"], self.before][-(state["patience"] + 1) :]
@@ -352,8 +384,9 @@ class _Step:
         )
         if may_polish and (not accepted or (slow and self.little_left())):
             # what its steps lowered f by, on the average
-            state["decrease"] = (state["objectives"][0] - self.before) / len(state["objectives"]) if accepted else 0.0
-            state["polishing"], state["polished"], state["objectives"] = True, 0, []
+            state["decrease"] = (state["objectives"][0] - self.before) / max(len(state["objectives"]) - 1, 1)
+            state["polishing"], state["polished"], state["failed"] = True, 0, not accepted
+            state["objectives"] = []
             state["gradient_norm"] = math.inf
             self.optimizer.stalled = False
         elif not accepted and not self.of_batch:
@@ -361,12 +394,12 @@ class _Step:
             state["damping"] = min(100 * state["damping"], _LARGEST_DAMPING)
 
     def newton(self) -> None:
-        """A step with the exact Hessian; in 'auto', back to Gauss–Newton where that lowered f by more and ‖g‖ does not
-        fall fast, as it does at the end."""
-        state = self.state
+        """A step with the exact Hessian; in 'auto', back to Gauss–Newton where that lowered f by more, ‖g‖ does not
+        fall fast, and λ had to rise or the step to be shortened: far from the end. One step where it found nothing."""
+        state, before = self.state, self.state["hessian_damping"]
         trial = self.last_digits() if state["ending"] else None
         if trial is None:
-            dense = self.hessian_route() == "dense" and self.group["metric"] == "parameter"
+            dense = self.is_dense() and self.group["metric"] == "parameter"
             search = self.bracket if dense else self.climb
             trial, state["ending"] = self.extended(search(self.hessian_steps, "hessian_damping")), False
             if trial is None or not self.before - trial.value > _INVISIBLE * abs(self.before):
@@ -378,20 +411,30 @@ class _Step:
         decrease = self.before - trial.value if accepted else 0.0
         converging = accepted and (state["ending"] or self.gradient_norm < 0.5 * state["gradient_norm"])
         state["gradient_norm"], state["polished"] = self.gradient_norm, state["polished"] + 1
-        if decrease < state["decrease"] and not converging:
+        struggling = accepted and (trial.damping > before or trial.length < 1)
+        slow = decrease < state["decrease"] and struggling and not converging
+        if not accepted or slow or (state["failed"] and not state["ending"]):
             state["polishing"] = False
             if state["polished"] < _SLOW_STEPS:
                 state["patience"] *= 2
 
+    def may_factorize(self) -> bool:
+        """Whether the curvature is that of the whole batch, and H can be factored in the memory allowed for it."""
+        return self.of_batch and (self.is_dense() or _sweep_bytes(self.layers) <= _EXACT_BYTES)
+
     def is_second_order_point(self) -> bool:
-        if not self.of_batch:
-            return True
         shift = self.weight_decay + self.group["htol"]
-        return _definite_factorization(self.layers, shift) is not None
+        few = len(self.theta) <= _DENSE_CERTIFICATE
+        H = _dense_hessian(self.layers, len(self.theta)) if few else None
+        return _definite_factorization(self.layers, shift, H) is not None
 
     def leave_saddle(self) -> None:
         """Down a direction of negative curvature, by the trust-region step from a point with g ≈ 0."""
-        found = _trust_region(self.layers, self.gradient, 1.0, self.weight_decay)
+        try:
+            found = _trust_region(self.layers, self.gradient, 1.0, self.weight_decay)
+        except SingularHessianError:  # nothing proved: the point is too nearly semidefinite for float64
+            self.finish("saddle", None)
+            return
         lengths = [sign * length for length in _SADDLE_LENGTHS for sign in (1.0, -1.0)]
         steps = torch.stack([length * found.step for length in lengths])
         best = self.best_of(_Candidates(steps, [found.damping] * len(lengths), lengths))
@@ -401,7 +444,7 @@ class _Step:
         """Whether the Gauss–Newton model, hardly damped, promises to lower f by a small part of it only: then f has a
         residual there, which that model can't see the curvature of, and more of its steps won't help."""
         damping = max(1e-6 * self.state["damping"], _LEAST_DAMPING)
-        steps = self.gram_steps([damping]) if self.by_gram() else self.sweep_steps([damping])
+        steps = self.gram_steps([damping], corrected=False) if self.by_gram() else self.sweep_steps([damping])
         if steps is None:
             return False
         x = steps.steps[steps.lengths.index(1.0)]
@@ -417,7 +460,7 @@ class _Step:
         values = self.objective(self.theta + steps)
         if math.isnan(self.before):
             self.before, values = float(values[0]), values[1:]
-        value, index = values.nan_to_num(nan=math.inf).min(0)
+        value, index = torch.where(values.isfinite(), values, math.inf).min(0)
         return _Trial(float(value), candidates.steps[index], candidates.dampings[index], candidates.lengths[index])
 
     def bracket(self, steps_at: Callable[[Sequence[float]], _Candidates | None], key: str) -> _Trial | None:
@@ -466,6 +509,8 @@ class _Step:
         valley the steps are short and alike. Elsewhere it would lead a deep network out of what its model knows."""
         if best is None or not (1 - self.search.valley) * self.before < best.value < self.before:
             return best
+        if self.state["step"] == 1:
+            return best
         momentum = self.state["momentum"].double()
         along = (1 - momentum.new_tensor(_MEMORIES))[:, None] * momentum
         rows = best.step + (momentum.new_tensor(_EXTENSIONS)[:, None, None] * along).flatten(0, 1)
@@ -488,21 +533,22 @@ class _Step:
             return _Trial(value, x, 0.0, 1.0)
         return None
 
-    def finish(self, method: str, trial: _Trial | None, *, may_move: bool = True, certain: bool = False) -> bool:
+    def finish(self, method: str, trial: _Trial | None, *, certain: bool = False, certified: bool = False) -> bool:
         """Accept the trial if f falls (or if it is certain), and report."""
         optimizer = self.optimizer
         accepted = trial is not None and (certain or trial.value < self.before)
         if accepted:
             parameters = self.group["params"]
+            # in the parameters' dtype, as load_state_dict would leave it; a new tensor, since a state_dict may share it
+            momentum = self.state["momentum"].to(parameters[0])
+            self.state["momentum"] = momentum.new_tensor(_MEMORIES)[:, None] * momentum + trial.step.to(momentum)
             pieces = (self.theta + trial.step).split([p.numel() for p in parameters])
             for p, piece in zip(parameters, pieces, strict=True):
                 p.copy_(piece.view_as(p))
-            momentum = self.state["momentum"]
-            momentum.mul_(momentum.new_tensor(_MEMORIES)[:, None]).add_(trial.step.to(momentum.dtype))
-        optimizer.stalled = may_move and not accepted
+        optimizer.stalled = not accepted and not optimizer.converged
         value, _, damping, length = trial or _Trial(math.nan, None, math.nan, math.nan)
         optimizer.report = StepReport(
-            method, accepted, self.before, value, self.gradient_norm, damping, length, self.num_trials
+            method, accepted, self.before, value, self.gradient_norm, damping, length, self.num_trials, certified
         )
         return accepted
 
@@ -512,27 +558,29 @@ class _Step:
         route = self.group["route"]
         if route == "auto":
             operations, _ = _count_operations(self.curvature_layers)
-            gram = count_gram_operations(self.curvature_layers, num_dampings=3)
+            gram = count_gram_operations(self.curvature_layers, self.group["metric"], self.weight_decay, 3)
             return gram <= min(operations.values())
         return route == "gram"
 
-    def gram_steps(self, dampings: Sequence[float]) -> _Candidates | None:
+    def gram_system(self) -> GramSystem:
+        """That of this step, with the gradient as Jᵀw where the batch has a w with all its digits."""
         if self._gram is None:
-            rest = self.gradient if not self.of_batch else self.weight_decay * self.theta if self.weight_decay else None
-            self._gram = GramSystem(
-                self.curvature_layers,
-                self.group["metric"],
-                self.group["metric_damping"],
-                self.weight_decay,
-                rest,
-                without_residual=not self.of_batch,
-            )
-        systems = {damping: damped for damping in dampings if (damped := self._gram.at(damping)) is not None}
+            rest = self.weight_decay * self.theta if self.weight_decay else None
+            options = (self.curvature_layers, self.group["metric"], self.group["metric_damping"], self.weight_decay)
+            if self.of_batch:
+                self._gram = GramSystem(*options, rest)
+            if not self.of_batch or not self._gram.has_residual():
+                self._gram = GramSystem(*options, self.gradient, without_residual=True)
+        return self._gram
+
+    def gram_steps(self, dampings: Sequence[float], corrected: bool = True) -> _Candidates | None:
+        gram = self.gram_system()
+        systems = {damping: damped for damping in dampings if (damped := gram.at(damping)) is not None}
         if not systems:
             return None
-        x, Jx = (torch.stack(z) for z in zip(*(self._gram.step(s, d) for d, s in systems.items()), strict=True))
+        x, Jx = (torch.stack(z) for z in zip(*map(gram.step, systems.values()), strict=True))
         y = None
-        if self.optimizer._model.loss == "mse" and self.of_batch:
+        if corrected and self.optimizer._model.loss == "mse" and self.of_batch:
             y = self.corrections(list(systems.values()), x, Jx)
         return self.candidates(list(systems), x, y)
 
@@ -540,7 +588,8 @@ class _Step:
         """−½ (JᵀJ + cI + λD)⁻¹ Jᵀ Sᵀs₂ (m, P), s₂ the second derivative of the logits along x, by a one-sided
         difference: the bend of the curve that the solution follows as the length grows (Transtrum & Sethna 2012). For
         the mean square alone: with cross-entropy it saved one step in fourteen, and cost more than that."""
-        logits = self.objective.logits(torch.cat([self.theta[None], self.theta + _DIFFERENCE * x])).double()
+        ahead = torch.cat([self.theta[None], self.theta + _DIFFERENCE * x])
+        logits = torch.cat([self.objective.logits(part).double() for part in ahead.split(self.objective.rows)])
         bends = [
             (self._gram.scale(h - logits[0]) / _DIFFERENCE - s) * (2 / _DIFFERENCE)
             for h, s in zip(logits[1:], Jx, strict=True)
@@ -565,13 +614,14 @@ class _Step:
     def hessian_steps(self, dampings: Sequence[float]) -> _Candidates | None:
         return self.exact_steps("hessian", dampings)
 
-    def hessian_route(self) -> str:
+    def is_dense(self) -> bool:
+        """Whether forming H is the cheaper route."""
         operations, _ = _count_operations(self.curvature_layers)
-        return min(operations, key=operations.get)
+        return min(operations, key=operations.get) == "dense"
 
     def dense_hessian(self) -> Tensor | None:
         """H as a matrix, formed once a step, where that is the cheaper route."""
-        if self._dense is None and self.hessian_route() == "dense":
+        if self._dense is None and self.is_dense():
             self._dense = _dense_hessian(self.curvature_layers, len(self.theta))
         return self._dense
 
@@ -579,24 +629,35 @@ class _Step:
         """x by a factorization for each λ; left out where the matrix is not positive definite, or solved badly."""
         found = {}
         for damping in dampings:
-            state_damping = damping if self.group["metric"] == "state" else 0.0
-            shift = damping * (self.group["metric_damping"] if state_damping else 1.0)
-            # an L2 term keeps H + cI away from singular, and Newton's step undamped; else htol stands in for it
-            shift = shift + self.weight_decay if self.weight_decay else max(shift, self.group["htol"])
+            damping_left = 0.0 if damping <= _LEAST_DAMPING else damping
+            state_damping = damping_left if self.group["metric"] == "state" else 0.0
+            shift = damping_left * (self.group["metric_damping"] if state_damping else 1.0)
+            shift = max(shift + self.weight_decay, _FLOOR)
             layers = _modified(self.curvature_layers, curvature, state_damping)
             H = self.dense_hessian() if curvature == "hessian" and not state_damping else None
             factorization = _definite_factorization(layers, shift, H)
             if factorization is None:
                 continue
-            try:
-                x = factorization.solve(-self.gradient, rtol=1e-6)
-            except SingularHessianError:  # this λ is too small for float64; a larger one is tried
-                continue
-            found[damping] = x
+            x, residual = factorization._refined(-self.gradient[:, None], _SOLVE_RTOL)
+            if float(residual) <= _SOLVE_RTOL:  # else this λ is too small for float64, and a larger one is tried
+                found[damping] = x[:, 0]
         return self.candidates(list(found), torch.stack(list(found.values()))) if found else None
 
 
-def _definite_factorization(layers: tuple[LayerDerivatives, ...], shift: float, H: Tensor | None = None):
+def _sweep_bytes(layers: Sequence[LayerDerivatives]) -> int:
+    """What a factorization by sweeps keeps, Σ m² + m n′ numbers, and the three matrices of its largest layer."""
+    kept, largest = 0, 0
+    for index, layer in enumerate(layers):
+        (a, width), (N, d) = layer.weight.shape, layer.inputs.shape
+        m = a * min(N, d)
+        kept += m * m + (m * N * width if index else 0)
+        largest = max(largest, m, N * a)
+    return 8 * (kept + 3 * largest**2)
+
+
+def _definite_factorization(
+    layers: tuple[LayerDerivatives, ...], shift: float, H: Tensor | None = None
+) -> HessianFactorization | None:
     """H + shift·I, factored; None where it is not positive definite, or singular to rounding. H: if it was formed."""
     try:
         return _factorize(layers, shift, "hessian", "auto" if H is None else "dense", definite_only=True, H=H)

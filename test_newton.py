@@ -8,6 +8,7 @@ neighbouring widths unequal.
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import math
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 import hessian
+import newton
 import newton_trust_region
 from hessian import (
     DeepMLPWithTracking,
@@ -501,7 +503,7 @@ def test_scaled_output(case):
     root, residual = scaled_output(last)
     assert relative(root @ root.mT - output_hessian(case), output_hessian(case)) < 1e-14
     assert relative((root @ residual[:, :, None])[:, :, 0] - last.adjoint, last.adjoint) < 1e-14
-    # w is of least norm: orthogonal to the null space of S
+    # no column of S is redundant, so w is the only one
     assert root.shape[2] == case.classes - (case.loss == "cross_entropy")
 
 
@@ -540,26 +542,53 @@ def test_gram_system(case, metric, weight_decay):
         (any_gradient, False, g + any_gradient),
     ):
         system = GramSystem(layers, metric, rho, c, rest, without_residual=alone)
-        x, Jx = system.step(system.at(damping), damping)
+        x, Jx = system.step(system.at(damping))
         exact = torch.linalg.solve(A, -full)
         assert relative(x - exact, exact) < 1e-9
         J = torch.einsum("nck,ncp->knp", system.root, logits_jacobian(case)).flatten(0, 1)
         assert relative(Jx - J @ exact, J @ exact) < 1e-9
 
 
-def test_gram_operations_are_what_is_counted():
+@pytest.mark.parametrize(
+    "metric, weight_decay", [("parameter", 0.0), ("parameter", 0.1), ("state", 0.0), ("state", 0.1)]
+)
+def test_gram_operations_are_what_is_counted(metric, weight_decay):
     """The closed form against counted products and factorizations, to 15 %: it leaves out what is of lower order."""
     model, loss = tracked_loss(Case((16,) * 10, 24, inputs=16, classes=8))
-    layers = compute_layer_derivatives(model)
+    layers, dampings = compute_layer_derivatives(model), (0.1, 1.0, 10.0)
 
     def work():
-        system = GramSystem(layers, "parameter", 1e-2, 0.0, None)
-        for damping in (0.1, 1.0, 10.0):
+        system = GramSystem(layers, metric, 1e-2, weight_decay, None)
+        for damping in dampings:
             system.at(damping)
 
     K, N = 7, 24
-    elementwise = 2 * (N * K) ** 2 * 2 * len(layers)
-    assert counted_operations(work) + elementwise == pytest.approx(count_gram_operations(layers, 3), rel=0.15)
+    num_matrices = len(dampings) if metric == "state" and weight_decay else 1
+    elementwise = 2 * (N * K) ** 2 * len(layers) * num_matrices  # a product and a sum, which the counter doesn't see
+    counted = counted_operations(work) + elementwise
+    assert counted == pytest.approx(count_gram_operations(layers, metric, weight_decay, 3), rel=0.15)
+
+
+def test_a_metric_that_overflows_gives_no_step():
+    model, loss = tracked_loss(Case((6, 4, 7), 3))
+    layers = [x._replace(weight=1e200 * x.weight) for x in compute_layer_derivatives(model)]
+    assert GramSystem(layers, "state", 1e-4, 0.0, None).at(1.0) is None
+
+
+def test_a_lost_sample_is_trained_by_the_plain_gradient():
+    """Where π_y underflows, w with Jᵀw = g has no digits."""
+    model, x, y = Case((4,), 6).build()
+    with torch.no_grad():
+        model.layers[-1].weight.mul_(1e4)
+    y = model(x).argmin(1)
+    optimizer, before = DampedNewton(model), model(x, y).item()
+    assert before > 1e3
+    for _ in range(10):
+        optimizer.step(closure_of(model, x, y))
+        if optimizer.converged:
+            break
+        assert optimizer.report.accepted
+    assert model(x, y).item() < 0.1 * before
 
 
 # --------------------------------------------------------------------------------------------- the optimizer
@@ -591,7 +620,7 @@ def test_training_lowers_the_loss_at_every_step(options):
     model, x, y = Case((7, 6, 5), 12, inputs=6).build()
     optimizer, losses = DampedNewton(model, **options), []
     for _ in range(12):
-        losses.append(float(optimizer.step(closure_of(model, x, y))))
+        losses.append(optimizer.step(closure_of(model, x, y)).item())
         assert optimizer.report.accepted and optimizer.report.new_objective < optimizer.report.objective
         assert optimizer.report.objective == pytest.approx(losses[-1], rel=1e-12)
         assert all(p.grad is None for p in model.parameters())
@@ -605,7 +634,9 @@ def test_thirty_layers_are_fitted_in_a_few_steps():
     optimizer = DampedNewton(model)
     for _ in range(30):
         optimizer.step(closure_of(model, x, y))
-    assert optimizer.report.new_objective < 1e-10 or optimizer.converged
+        if optimizer.converged:
+            break
+    assert optimizer.report.objective < 1e-10
 
 
 @pytest.mark.parametrize("curvature", ("gauss_newton", "hessian"))
@@ -636,7 +667,7 @@ def test_weight_decay_is_that_of_the_objective():
         optimizer.step(closure_of(model, x, y))
         if optimizer.converged:
             break
-    assert optimizer.converged and optimizer.report.method == "none"
+    assert optimizer.converged and optimizer.report.certified and optimizer.report.method == "none"
     assert objective_gradient(model, x, y, 0.05).norm() < 2e-12
     assert torch.linalg.eigvalsh(dense_objective_hessian(model, x, y, 0.05))[0] > 0
     before = parameters_of(model)
@@ -645,7 +676,7 @@ def test_weight_decay_is_that_of_the_objective():
 
 
 def test_convergence_is_quadratic_at_a_minimum():
-    """‖g‖ of the last Newton steps: each the square of the one before, times the same number."""
+    """‖g‖ of the last Newton steps: each below a number times the square of the one before."""
     case, c = Case((6, 5), 20, inputs=4, loss="mse"), 0.05
 
     def norms(curvature: str, steps: int) -> list[float]:
@@ -657,9 +688,8 @@ def test_convergence_is_quadratic_at_a_minimum():
         return found
 
     ours = norms("auto", 200)
-    assert ours[-1] < 1e-14
-    constants = [b / a**2 for a, b in zip(ours, ours[1:], strict=False) if 1e-7 < a < 1e-3]
-    assert len(constants) >= 3 and max(constants) < 2 * min(constants)
+    assert ours[-1] < 1e-12
+    assert all(b < 5000 * a**2 for a, b in zip(ours[-4:], ours[-3:], strict=False)), ours[-6:]
     # Gauss–Newton alone converges linearly there
     assert norms("gauss_newton", len(ours))[-1] > 1e-6
 
@@ -697,62 +727,112 @@ def test_gauss_newton_alone_stays_on_a_saddle_and_says_so():
     optimizer, before = DampedNewton(model, curvature="gauss_newton"), parameters_of(model)
     optimizer.step(closure_of(model, x, y))
     assert torch.equal(before, parameters_of(model))
-    assert not optimizer.converged and optimizer.report.method == "none"
+    assert not optimizer.converged and optimizer.stalled and not optimizer.report.certified
 
 
-@pytest.mark.parametrize("curvature", ("auto", "gauss_newton", "hessian"))
-def test_a_step_that_finds_nothing_changes_nothing(curvature):
-    """Every trial is NaN or infinite: activations that overflow wherever the parameters move."""
+def poison_trials(monkeypatch, value: float | None) -> None:
+    """Logits that overflow wherever the parameters differ from the present ones."""
 
-    class Brittle(DeepMLPWithTracking):
-        def activate(self, index, h, z):
-            out = super().activate(index, h, z)
-            return out if len(h.shape) == 2 or self.calm else out * math.nan
+    def poisoned(self, theta: Tensor) -> Tensor:
+        out = plain_logits(self, theta)
+        moved = (theta.to(self.inputs.dtype) != self.theta.to(self.inputs.dtype)).any(1)
+        return torch.where(moved[:, None, None], value, out)
 
-        def activation_derivatives(self, index, h):
-            return super().activation_derivatives(index, h)
+    monkeypatch.setattr(newton._Objective, "logits", plain_logits if value is None else poisoned)
 
+
+plain_logits = newton._Objective.logits
+
+
+@pytest.mark.parametrize("poison", (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize(
+    "options",
+    ({}, {"curvature": "gauss_newton"}, {"curvature": "hessian"}, {"curvature_batch": 4}, {"route": "sweep"}),
+    ids=str,
+)
+def test_a_step_that_finds_nothing_changes_nothing(options, poison, monkeypatch):
     torch.manual_seed(0)
-    model = Brittle(5, 4, 3, 2).double()
-    model.calm = False
+    model = DeepMLPWithTracking(5, 4, 3, 2, loss="mse" if options == {} else "cross_entropy").double()
     x, y = random_vector(5, 6).T.contiguous(), torch.tensor([0, 1, 2, 0, 1, 2])
-    optimizer, before = DampedNewton(model, curvature=curvature), parameters_of(model)
-    for _ in range(4):  # in 'auto', the exact Hessian is tried too
-        loss = optimizer.step(closure_of(model, x, y))
-        assert torch.equal(before, parameters_of(model)) and not optimizer.report.accepted
-    assert optimizer.stalled
-    model.calm = True
+    y = torch.nn.functional.one_hot(y).double() if model.loss == "mse" else y
+    optimizer = DampedNewton(model, **options)
     for _ in range(2):
         optimizer.step(closure_of(model, x, y))
-    assert optimizer.report.accepted and optimizer.report.new_objective < float(loss)
-
-
-@pytest.mark.parametrize("options", [{}, {"curvature_batch": 5, "weight_decay": 1e-3}, {"weight_decay": 0.05}], ids=str)
-def test_a_run_goes_on_bit_for_bit(options):
-    """Through pickle, at each of several steps, in a new model; and it repeats exactly."""
-    case = Case((6, 5), 14, inputs=4)
-    model, x, y = case.build()
-    optimizer = DampedNewton(model, **options)
-    for _ in range(12):
+        assert optimizer.report.accepted
+    poison_trials(monkeypatch, poison)
+    before = parameters_of(model)
+    for _ in range(3):  # in 'auto', the exact Hessian is tried too
+        loss = optimizer.step(closure_of(model, x, y))
+        assert torch.equal(before, parameters_of(model)) and not optimizer.report.accepted
+        assert optimizer.report.objective == pytest.approx(loss.item(), rel=1e-12)
+    poison_trials(monkeypatch, None)
+    for _ in range(3):
         optimizer.step(closure_of(model, x, y))
+    assert optimizer.report.accepted and optimizer.report.new_objective < loss.item()
+
+
+def test_one_bad_batch_does_not_end_gauss_newton(monkeypatch):
+    torch.manual_seed(0)
+    model = DeepMLPWithTracking(5, 4, 3, 2).double()
+    x, y = random_vector(5, 6).T.contiguous(), torch.tensor([0, 1, 2, 0, 1, 2])
+    optimizer, methods = DampedNewton(model), []
+    for step in range(8):
+        poison_trials(monkeypatch, math.nan if step == 2 else None)
+        optimizer.step(closure_of(model, x, y))
+        methods.append(optimizer.report.method)
+    assert methods[2] == "gauss_newton" and methods[-1] == "gauss_newton", methods
+
+
+RESUMED = (
+    (Case((6, 5), 14, inputs=4), {}, 12, {"gauss_newton"}),
+    (Case((6, 5), 14, inputs=4), {"curvature_batch": 5, "weight_decay": 1e-3}, 12, {"gauss_newton"}),
+    (Case((6, 5), 20, inputs=4), {"weight_decay": 0.05}, 31, {"gauss_newton", "hessian", "none"}),
+    (Case((6, 5), 14, inputs=4), {"curvature": "hessian"}, 12, {"hessian"}),
+    (Case((6, 5), 14, inputs=1, loss="mse"), {}, 12, {"gauss_newton"}),
+)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("case, options, steps, methods", RESUMED, ids=str)
+def test_a_run_goes_on_bit_for_bit(case, options, steps, methods, dtype):
+    """Stopped after any step, stored, and loaded into a new model; and it repeats exactly."""
+
+    def build(seed: int = 0):
+        model, x, y = case.build(seed=seed)
+        return model.to(dtype), x.to(dtype), y.to(dtype) if y.is_floating_point() else y
+
+    model, x, y = build()
+    optimizer, states, seen = DampedNewton(model, **options), [], set()
+    for _ in range(steps):
+        states.append(copy.deepcopy((model.state_dict(), optimizer.state_dict())))
+        optimizer.step(closure_of(model, x, y))
+        seen.add(optimizer.report.method)
+    if dtype == torch.float64:
+        assert seen == methods
     end = parameters_of(model)
-    for stop in (0, 3, 9):
-        first, _, _ = case.build()
-        optimizer = DampedNewton(first, **options)
-        for _ in range(stop):
-            optimizer.step(closure_of(first, x, y))
+    for stop in (1, steps // 2, steps - 4, steps - 1):
         buffer = io.BytesIO()
-        torch.save({"model": first.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+        torch.save(states[stop], buffer)
         buffer.seek(0)
-        stored = torch.load(buffer, weights_only=True)
-        second, _, _ = case.build(seed=1)
-        second.load_state_dict(stored["model"])
+        parameters, state = torch.load(buffer, weights_only=True)
+        second, _, _ = build(seed=1)
+        second.load_state_dict(parameters)
         optimizer = DampedNewton(second, **options)
-        optimizer.load_state_dict(stored["optimizer"])
+        optimizer.load_state_dict(state)
         torch.randn(3)  # the global generator is not read
-        for _ in range(12 - stop):
+        for _ in range(steps - stop):
             optimizer.step(closure_of(second, x, y))
         assert torch.equal(parameters_of(second), end)
+
+
+def test_copies_go_on():
+    model, x, y = Case((6, 5), 14, inputs=4).build()
+    optimizer = DampedNewton(model)
+    optimizer.step(closure_of(model, x, y))
+    other, copied = copy.deepcopy((model, optimizer))
+    for m, o in ((model, optimizer), (other, copied)):
+        o.step(closure_of(m, x, y))
+    assert torch.equal(parameters_of(model), parameters_of(other)) and copied.report == optimizer.report
 
 
 def test_sub_batches_are_drawn_anew_and_the_gradient_is_of_all():
@@ -824,8 +904,41 @@ def test_wrong_optimizer_arguments():
     raises(ValueError, "route='gram' has the Gauss–Newton", DampedNewton, model, route="gram", curvature="hessian")
     raises(ValueError, "weight_decay", DampedNewton, model, weight_decay=-1.0)
     raises(ValueError, "damping must be positive", DampedNewton, model, damping=0.0)
+    raises(ValueError, "curvature_batch must", DampedNewton, model, curvature_batch=True)
+    optimizer = DampedNewton(model)
+    optimizer.param_groups[0]["route"] = "dense"
+    raises(ValueError, "unknown route 'dense'", optimizer.step, closure_of(model, x, y))
+    optimizer = DampedNewton(model)
+    replaced, _, _ = Case((4,), 3).build()
+    model.layers[0] = replaced.layers[0]
+    raises(ValueError, "other parameters than at construction", optimizer.step, closure_of(model, x, y))
     optimizer = DampedNewton(model)
     raises(ValueError, "one parameter group", optimizer.add_param_group, {"params": []})
     tracked = model(x, y, track_activations=True)
     raises(ValueError, "not the loss that the model tracked", optimizer.step, lambda: model(x, y))
     assert tracked.requires_grad
+
+
+def test_options_may_be_changed_on_the_way():
+    """As for any optimizer, in param_groups: Gauss–Newton asked for in the middle of a polish."""
+    case = Case((6, 5), 20, inputs=4, loss="mse")
+    model, x, y = case.build()
+    optimizer = DampedNewton(model, weight_decay=0.05)
+    while optimizer.report is None or optimizer.report.method != "hessian":
+        optimizer.step(closure_of(model, x, y))
+    optimizer.param_groups[0]["curvature"] = "gauss_newton"
+    optimizer.step(closure_of(model, x, y))
+    assert optimizer.report.method == "gauss_newton"
+
+
+def test_no_exact_hessian_beyond_its_memory(monkeypatch):
+    monkeypatch.setattr(newton, "_EXACT_BYTES", 0)
+    monkeypatch.setattr(_Step, "is_dense", lambda self: False)
+    model, x, y = Case((6, 5), 20, inputs=4, loss="mse").build()
+    optimizer, methods = DampedNewton(model, weight_decay=0.05, gtol=1e-6), set()
+    for _ in range(200):
+        optimizer.step(closure_of(model, x, y))
+        methods.add(optimizer.report.method)
+        if optimizer.converged:
+            break
+    assert optimizer.converged and not optimizer.report.certified and methods == {"gauss_newton", "none"}
