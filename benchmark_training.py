@@ -688,7 +688,8 @@ def picture(path: Path, panels: list[tuple[Runs, str, str]], titles: list[str], 
     for axis, (runs, x, y), title in zip(axes, panels, titles, strict=True):
         draw(axis, runs, x, y, seeds)
         axis.set_title(title, fontsize=10)
-    axes[-1].legend(fontsize=8)
+    fullest = max(range(len(panels)), key=lambda i: (len(panels[i][0]), i))
+    axes[fullest].legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     print(f"Plot: {path}")
