@@ -94,6 +94,7 @@ PROBLEMS = {
     "depth100": Problem("digits", 100, 8, 2, 60, DEEP, 32),
     "depth300": Problem("digits", 300, 8, 2, 60, DEEP, 32),
     "depth1000": Problem("digits", 1000, 8, 2, 60, PLAIN, 32),
+    "depth1000_orthogonal": Problem("digits", 1000, 8, 2, 60, PLAIN, 32, gain=None),
     "width16": Problem("digits", 8, 16, 5, 15, ALL, 64),
     "regression": Problem("sine", 6, 8, 5, 20, ALL, 64),
     "minimum_regression": Problem("sine", 6, 8, 5, 30, MINIMUM, 64, weight_decay=1e-4),
