@@ -316,9 +316,10 @@ def trust_region_step(
     """
     layers = _checked_derivatives(model, loss)
     num_parameters = sum(p.numel() for p in model.parameters())
+    if not isinstance(gradient, Tensor) or gradient.shape != (num_parameters,):
+        came = tuple(gradient.shape) if isinstance(gradient, Tensor) else type(gradient).__name__
+        raise ValueError(f"gradient must be a tensor of shape ({num_parameters},), got {came}: one at a time")
     g = checked_vector(gradient, num_parameters, layers[0].weight.device)
-    if gradient.dim() != 1:
-        raise ValueError(f"gradient must have shape ({num_parameters},), got {tuple(gradient.shape)}: one at a time")
     radius, weight_decay = checked_radius(radius), checked_nonnegative("weight_decay", weight_decay)
     if route not in ("auto", "sweep", "dense"):
         raise ValueError(f"unknown route {route!r}: choose 'auto', 'sweep' or 'dense'")
