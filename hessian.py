@@ -63,8 +63,9 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from numbers import Integral, Number
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,8 @@ from torch import Tensor, nn
 
 from hessian_activations import ACTIVATIONS, Activation, initialize
 from hessian_checks import (
+    check_choices,
+    check_combination,
     check_layers,
     check_loss,
     check_targets,
@@ -82,15 +85,26 @@ from hessian_checks import (
     checked_vector,
     equal,
 )
+from hessian_costs import (
+    LayerShape,
+    RouteCost,
+    check_memory,
+    count_operations,
+    estimate_cost,
+    layer_operations,
+    num_parameters,
+    prefers_many_classes,
+    shapes_of_layers,
+)
 from hessian_linear_algebra import (
     NULL,
     UNIT_ROUNDOFF,
-    UPDATE_BLOCK,
     MinimumNorm,
     Refined,
     SymmetricFactor,
     column_norms,
     factor_symmetric,
+    largest_entry,
     minimum_norm,
     mirror,
     refine,
@@ -107,17 +121,24 @@ __all__ = [
     "HessianFactorization",
     "LayerDerivatives",
     "OutputHessian",
+    "RouteCost",
     "SingularHessianError",
     "compute_layer_derivatives",
+    "estimate_cost",
     "factorize_hessian",
     "hessian_inverse_vector_product",
     "hessian_vector_product",
 ]
 
+if TYPE_CHECKING:
+    from hessian_gram import GramFactor
+
 Damping = float | tuple[float, ...]
 
 _CHUNK_BYTES = 2**28  # temporaries of the dense Hessian are formed in chunks of this
 _REFINED_NUMBERS = 2**23  # right-hand sides are refined together up to this many numbers
+_PROBE_RTOL = 1e-10  # of the trial solve that decides whether a float32 factor will do
+_GROWTH = 1e3  # a pivot that would add more than so many times the cost-to-go's largest entry to it is carried
 _DENSE_TRIAL = 3000  # a failed solve tries the dense route for its error message up to this many parameters
 
 
@@ -470,53 +491,6 @@ def _from_basis(Y: Tensor, basis: Tensor | None) -> Tensor:
     return Y if basis is None else Y @ basis.mT
 
 
-class _DensePivot(NamedTuple):
-    """G = F Σ Fᵀ and the whitened coupling F⁻¹B, of which everything else is made."""
-
-    factor: SymmetricFactor
-    coupling: Tensor | None  # (m, n′) F⁻¹B; None in layer 1
-
-    def reduce(self, P: Tensor) -> None:
-        """P ← P − BᵀG⁻¹B in place."""
-        subtract_gram(P, self.coupling, self.factor.sign(self.coupling))
-
-    def backward(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        """From q (m, k): what `forward` needs of it, and BᵀG⁻¹q (n′, k)."""
-        white = self.factor.sign(self.factor.whiten(q))
-        return white, None if self.coupling is None else self.coupling.mT @ white
-
-    def forward(self, white: Tensor, t: Tensor | None) -> Tensor:
-        """−G⁻¹(q + B t) for t (n′, k)."""
-        return -self.factor.unwhiten(white if t is None else white + self.factor.sign(self.coupling @ t))
-
-    def num_negative(self) -> int:
-        return self.factor.num_negative()
-
-    def logabsdet(self) -> Tensor:
-        return self.factor.logabsdet()
-
-
-def _basis_rows(layer: LayerDerivatives, basis: Tensor | None) -> Tensor:
-    """The rows of Q that belong to weights, not to the bias: (a′, r)."""
-    width, d = layer.weight.shape[1], layer.inputs.shape[1]
-    if basis is None:
-        return torch.eye(width, d, dtype=layer.weight.dtype, device=layer.weight.device)
-    return basis[:width]
-
-
-def _output_times_weight(layer: LayerDerivatives) -> Tensor:
-    """Λ_b W, (N, C, a′)."""
-    return layer.output.apply(layer.weight.mT.unsqueeze(1)).permute(1, 2, 0)
-
-
-def _reduced_inputs(layer: LayerDerivatives) -> tuple[Tensor | None, Tensor]:
-    """Q (d, r) and R (N, r) with z̃ = R Qᵀ; where N ≥ d, Q is the identity (None) and R = z̃."""
-    if len(layer.inputs) >= layer.inputs.shape[1]:
-        return None, layer.inputs
-    Q, R = torch.linalg.qr(layer.inputs.mT)
-    return Q, R.mT.contiguous()
-
-
 class _Indefinite(Exception):
     """H + εI has a pivot, layer `index`'s counted from 0, that is not positive definite: see `_factorize_definite`."""
 
@@ -525,58 +499,194 @@ class _Indefinite(Exception):
         self.index = index
 
 
-class _Pivot(NamedTuple):
+class _Reduced(NamedTuple):
+    """z̃ = R Qᵀ. Where N ≥ d, Q is the identity (None) and R = z̃."""
+
     basis: Tensor | None  # (d, r) Q
-    reduced: Tensor  # (N, r) R
+    rows: Tensor  # (N, r) R
+
+
+def _reduced_inputs(layers: Sequence[LayerDerivatives]) -> list[_Reduced]:
+    """Of every layer; one batched QR for neighbours of one shape."""
+    reduced = []
+    for (N, d), group in groupby((layer.inputs for layer in layers), key=lambda inputs: inputs.shape):
+        group = list(group)
+        if N >= d:
+            reduced += [_Reduced(None, inputs) for inputs in group]
+            continue
+        Q, R = torch.linalg.qr(torch.stack(group).mT)
+        reduced += map(_Reduced, Q, R.mT.contiguous())
+    return reduced
+
+
+class _CostToGo(NamedTuple):
+    """½[t; w]ᵀ[[P, bᵀ], [b, diag(d)]][t; w], t of this layer's outputs and w what the layers above left."""
+
+    P: Tensor  # (n, n)
+    coupling: Tensor | None  # (k, n) b
+    values: Tensor | None  # (k,) d
+    definite: bool  # every pivot above was
+
+
+class _Carried(NamedTuple):
+    """What a layer leaves to the one below: pivots near 0 that couple strongly, whose elimination would lose digits.
+
+    Some of the coordinates e = Fᵀ[Y; w] of its pivot, e = root · ω; and the parts U Z Q⊥ᵀ of X⊥.
+    """
+
+    rows: Tensor  # (k₁,) which of e
+    root: Tensor  # (k₁, 1)
+    left: Tensor | None  # (a, j) U, orthonormal
+    outside: Tensor | None  # (d, d − r) Q⊥
+
+    def of_perpendicular(self, V: Tensor) -> Tensor:
+        """−Uᵀ V Q⊥, the linear term in Z, for V (k, a, d): (k, j (d − r))."""
+        return -(self.left.mT @ V @ self.outside).flatten(1)
+
+    def perpendicular(self, w: Tensor) -> Tensor:
+        """U Z Q⊥ᵀ (k, a, d) for Z (k, j (d − r))."""
+        Z = w.unflatten(1, (self.left.shape[1], -1))
+        return self.left @ Z @ self.outside.mT
+
+
+class _DensePivot(NamedTuple):
+    """G = F Σ Fᵀ of [Y; w] and the whitened coupling F⁻¹B, of which everything else is made."""
+
+    factor: SymmetricFactor
+    coupling: Tensor | None  # (m, n′) F⁻¹B, the carried rows of it zero; None in layer 1
+
+    def backward(self, q: Tensor, carried: _Carried | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """From q (m, k): what `forward` needs of it, BᵀG⁻¹q (n′, k), and the linear terms of what is carried."""
+        white, left = self.factor.whiten(q), None
+        if carried is not None:
+            left = carried.root * white[carried.rows]
+            white[carried.rows] = 0.0
+        self.factor.sign(white)
+        return white, None if self.coupling is None else self.coupling.mT @ white, left
+
+    def forward(self, white: Tensor, t: Tensor | None, carried: _Carried | None, w: Tensor | None) -> Tensor:
+        """−G⁻¹(q + B t) for t (n′, k), given what was carried, w (k₁, k)."""
+        e = -white if t is None else -(white + self.factor.sign(self.coupling @ t))
+        if carried is not None:
+            e[carried.rows] = carried.root * w
+        return self.factor.unwhiten(e)
+
+
+class _Pivot(NamedTuple):
+    reduced: _Reduced
     damping: float  # ε of this layer
     solver: _DensePivot | ManyClassPivot
+    carried: _Carried | None
 
 
-def _sweep(
-    layers: Sequence[LayerDerivatives], damping: Sequence[float], many_classes: bool, definite_only: bool = False
-) -> tuple[tuple[_Pivot, ...], int, float]:
-    """The backward sweep: pivots (first layer first), the number of negative eigenvalues, log|det|.
+class _Count(NamedTuple):
+    """Of eliminated pivots."""
 
-    definite_only: stop by _Indefinite at the first pivot that is not positive definite.
+    negative: int
+    logabsdet: float
+
+
+def _eliminate_layer(
+    layers: Sequence[LayerDerivatives],
+    index: int,
+    reduced: _Reduced,
+    epsilon: float,
+    above: _CostToGo | None,
+    many_classes: bool,
+    definite_only: bool,
+) -> tuple[_Pivot, _Count, _CostToGo | None]:
+    """One step of the backward sweep: the pivot of layer `index`, what it counts, and the cost-to-go below it.
+
+    The matrix of `above` is overwritten. definite_only: _Indefinite where a pivot is not positive definite.
     """
-    pivots, num_negative, logabsdet, P = [], 0, 0.0, None
-    for index in range(len(layers) - 1, -1, -1):
-        layer, epsilon = layers[index], damping[index]
-        Q, R = _reduced_inputs(layer)
-        perpendicular = len(layer.weight) * (layer.inputs.shape[1] - R.shape[1])  # dimensions of X⊥
-        if perpendicular and epsilon == 0:
-            raise _singular(index, epsilon, f"{perpendicular} directions of its weights don't act on this batch")
-        if many_classes and layer.output is not None:
-            if epsilon == 0 and layer.output.zero_sum:
-                raise _singular(index, epsilon, "the same row added to the weights of every class changes nothing")
-            basis = torch.eye(R.shape[1], dtype=R.dtype, device=R.device) if Q is None else Q
-            solver = ManyClassPivot.form(layer, basis, R, epsilon)
-            P = _output_cost_to_go(layer) if index else None
-        else:
-            G, B, P = _eliminate(layer, Q, R, epsilon, P, first=index == 0)
-            factor = factor_symmetric(G, definite_only)
-            if factor is None and definite_only:
-                raise _Indefinite(index)
-            if factor is None:
-                raise _singular(index, epsilon, "its pivot is exactly singular")
-            solver = _DensePivot(factor, None if B is None else factor.whiten(B))
-            del G, B
-        pivots.append(_Pivot(Q, R, epsilon, solver))
-        num_negative += solver.num_negative() + (perpendicular if epsilon < 0 else 0)
-        if definite_only and num_negative:
-            raise _Indefinite(index)
-        logabsdet += float(solver.logabsdet()) + (perpendicular * math.log(abs(epsilon)) if perpendicular else 0.0)
-        if not math.isfinite(logabsdet):
-            raise _singular(index, epsilon, "its pivot is singular, or overflowed")
-        if P is not None:
+    layer, definite = layers[index], above is None or above.definite
+    (a, width), (N, r) = layer.weight.shape, reduced.rows.shape
+    perpendicular = a * (layer.inputs.shape[1] - r)  # dimensions of X⊥
+    if perpendicular and epsilon == 0:
+        raise _singular(index, epsilon, f"{perpendicular} directions of its weights don't act on this batch")
+    carried = coupling = values = P = None
+    if many_classes and layer.output is not None:
+        if epsilon == 0 and layer.output.zero_sum:
+            raise _singular(index, epsilon, "the same row added to the weights of every class changes nothing")
+        solver = ManyClassPivot.form(layer, *reduced, epsilon)
+        negative, logabsdet = solver.num_negative(), float(solver.logabsdet())
+        definite = negative == 0
+        if index:
+            P = _output_cost_to_go(layer)
             solver.reduce(P)
-            mirror(P)
-            if Q is not None:  # − (λλᵀ) ⊗ (I − QQᵀ)/ε, without the bias
-                width = layer.weight.shape[1]
-                outside = (Q[:width] @ Q[:width].mT).neg_()
-                outside.diagonal().add_(1)
-                P -= torch.kron(layer.adjoint @ layer.adjoint.mT / epsilon, outside)
-    return tuple(pivots[::-1]), num_negative, logabsdet
+    else:
+        G, B, P = _form_pivot(layer, reduced, epsilon, above, first=index == 0)
+        factor = factor_symmetric(G, definite_only, definite)
+        if factor is None and definite_only:
+            raise _Indefinite(index)
+        if factor is None:
+            raise _singular(index, epsilon, "its pivot is exactly singular")
+        negative, logabsdet = factor.num_negative(), factor.logabsdet()
+        definite = definite and factor.interchanges is None
+        if index:
+            W = factor.whiten(B)
+            carried, coupling, values = _carry(layer, reduced, epsilon, factor, W, float(largest_entry(P)))
+            if carried is not None:
+                num_rows = len(carried.rows)
+                negative -= int((values[:num_rows] < 0).sum())
+                logabsdet -= float(values[:num_rows].abs().log().sum())
+                perpendicular -= len(values) - num_rows
+            subtract_gram(P, W, factor.num_positive)
+        solver = _DensePivot(factor, W if index else None)
+    if epsilon < 0:
+        negative += perpendicular
+    if perpendicular:
+        logabsdet += perpendicular * math.log(abs(epsilon))
+    if definite_only and negative:
+        raise _Indefinite(index)
+    if not math.isfinite(logabsdet):
+        raise _singular(index, epsilon, "its pivot is singular, or overflowed")
+    if P is not None:
+        mirror(P)
+        if reduced.basis is not None:  # − (λλᵀ) ⊗ (I − QQᵀ)/ε, without the bias, and without what is carried
+            Q, adjoint = reduced.basis[:width], layer.adjoint
+            if carried is not None and carried.left is not None:
+                adjoint = adjoint - (adjoint @ carried.left) @ carried.left.mT
+            outside = (Q @ Q.mT).neg_()
+            outside.diagonal().add_(1)
+            P.view(N, width, N, width).addcmul_(
+                (adjoint @ adjoint.mT)[:, None, :, None], outside[:, None, :], value=-1 / epsilon
+            )
+    below = None if P is None else _CostToGo(P, coupling, values, definite)
+    return _Pivot(reduced, epsilon, solver, carried), _Count(negative, logabsdet), below
+
+
+def _carry(
+    layer: LayerDerivatives, reduced: _Reduced, epsilon: float, factor: SymmetricFactor, W: Tensor, scale: float
+) -> tuple[_Carried | None, Tensor | None, Tensor | None]:
+    """Which pivots to leave to the layer below, their coupling to t_{ℓ-1} (k, n′) and their values (k,).
+
+    A pivot whose elimination would add to the cost-to-go more than _GROWTH times its largest entry, `scale`. Rows of W
+    that are carried are set to zero.
+    """
+    bound = _GROWTH * scale
+    width = layer.weight.shape[1]
+    rows = (torch.linalg.vector_norm(W, dim=1) ** 2 > bound).nonzero()[:, 0]
+    left = outside = None
+    if reduced.basis is not None and float((layer.adjoint**2).sum()) > bound * abs(epsilon):
+        _, s, V = torch.linalg.svd(layer.adjoint, full_matrices=False)
+        left = V[s * s > bound * abs(epsilon)].mT
+        outside = torch.linalg.qr(reduced.basis, mode="complete").Q[:, reduced.basis.shape[1] :]  # (d, d − r)
+        if left.shape[1] == 0:
+            left = None
+    if len(rows) == 0 and left is None:
+        return None, None, None
+    root = torch.from_numpy(factor.root).to(W.device)[rows, None]
+    coupling = root * W[rows]
+    values = torch.where(rows < factor.num_positive, 1.0, -1.0).to(W.dtype) * root[:, 0] ** 2
+    W[rows] = 0.0
+    if left is None:
+        return _Carried(rows, root, None, None), coupling, values
+    of_perpendicular = torch.einsum("bi,kj->ijbk", layer.adjoint @ left, outside[:width])
+    of_perpendicular = of_perpendicular.reshape(-1, W.shape[1])
+    coupling = torch.cat([coupling, of_perpendicular])
+    values = torch.cat([values, values.new_full((len(of_perpendicular),), epsilon)])
+    return _Carried(rows, root, left, outside), coupling, values
 
 
 def _singular(index: int, epsilon: float, why: str) -> SingularHessianError:
@@ -584,6 +694,11 @@ def _singular(index: int, epsilon: float, why: str) -> SingularHessianError:
     if epsilon == 0:
         message += "; for the minimum-norm solution of H x = v call hessian_inverse_vector_product with damping=0"
     return SingularHessianError(message, layer=index + 1, damping=epsilon)
+
+
+def _output_times_weight(layer: LayerDerivatives) -> Tensor:
+    """Λ_b W, (N, C, a′)."""
+    return layer.output.apply(layer.weight.mT.unsqueeze(1)).permute(1, 2, 0)
 
 
 def _output_cost_to_go(layer: LayerDerivatives) -> Tensor:
@@ -594,13 +709,15 @@ def _output_cost_to_go(layer: LayerDerivatives) -> Tensor:
     return P.view(N * width, N * width)
 
 
-def _eliminate(
-    layer: LayerDerivatives, Q: Tensor | None, R: Tensor, epsilon: float, P: Tensor | None, first: bool
+def _form_pivot(
+    layer: LayerDerivatives, reduced: _Reduced, epsilon: float, above: _CostToGo | None, first: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """G, B, and the cost-to-go before layer ℓ's parameters are eliminated, TᵀPT + AᵀDA; P is overwritten.
+    """G, B, and the cost-to-go before layer ℓ's parameters are eliminated, TᵀPT + AᵀDA; that above is overwritten.
 
-    Row (q, i) of G and B is entry Y[i, q]; row (b, i) of P and K is entry [b, i] of t_ℓ. Layer 1 needs only G.
+    Row (q, i) of G and B is entry Y[i, q], after them come those of w; row (b, i) of P and K is entry [b, i] of t_ℓ.
+    Layer 1 needs only G.
     """
+    R = reduced.rows
     (a, width), (N, r) = layer.weight.shape, R.shape
     W, n, n_below = layer.weight, N * a, N * width
     if layer.output is not None:
@@ -610,60 +727,181 @@ def _eliminate(
         G.diagonal().add_(epsilon)
         if first:
             return G, None, None
-        B = torch.einsum("bq,bik->qibk", R, _output_times_weight(layer))
+        B = torch.einsum("bq,bik->qibk", R, _output_times_weight(layer)).reshape(r * a, n_below)
         P = _output_cost_to_go(layer)
     else:
-        slope = layer.slope.flatten()
-        P_t = P if layer.skip else None
-        K = slope[:, None] * P
-        slope_P = K.clone() if layer.skip and not first else None  # φ′P
-        K *= slope
+        P, slope = above.P, layer.slope.flatten()
+        if layer.skip and not first:
+            slope_P = slope[:, None] * P  # φ′P
+            K = slope_P * slope
+        else:
+            K = P.mul_(slope[:, None]).mul_(slope)
         K.diagonal().add_(layer.curvature.flatten())
         JK = R.mT @ K.view(N, a * n)  # (r, a n)
         G = (R.mT @ JK.view(r * a, N, a)).view(r * a, r * a)
         G.diagonal().add_(epsilon)
+        B = None
+        if not first:
+            KA = (K.view(n * N, a) @ W).view(n, n_below)
+            below = (W.mT @ KA.view(N, a, n_below)).view(n_below, n_below)
+            if layer.skip:  # a = a′: TᵀPT + AᵀDA = AᵀKA + σ(Aᵀφ′P + Pφ′A) + σ²P
+                cross = (W.mT @ slope_P.view(N, a, n)).view(n, n)
+                below += layer.skip * (cross + cross.mT)
+                below.add_(P, alpha=layer.skip**2)
+                KA.add_(slope_P, alpha=layer.skip)
+            P, B = below, (R.mT @ KA.view(N, a * n_below)).view(r * a, n_below)
+        if above.coupling is not None:
+            G, B = _with_carried(layer, R, above, G, B)
         if first:
             return G, None, None
-        KA = (K.view(n * N, a) @ W).view(n, n_below)
-        P = (W.mT @ KA.view(N, a, n_below)).view(n_below, n_below)
-        if layer.skip:  # a = a′: TᵀPT + AᵀDA = AᵀKA + σ(Aᵀφ′P + Pφ′A) + σ²P
-            cross = (W.mT @ slope_P.view(N, a, n)).view(n, n)
-            P = P + layer.skip * (cross + cross.mT) + layer.skip**2 * P_t
-            KA += layer.skip * slope_P
-        B = (R.mT @ KA.view(N, a * n_below)).view(r, a, N, width)
-    B += torch.einsum("kq,bi->qibk", _basis_rows(layer, Q), layer.adjoint)
-    return G, B.reshape(r * a, n_below), P
+    # S: Y[i, q] meets t[b, k] by λ[b, i] Q[k, q]
+    S = B[: r * a].view(r, a, N, width)
+    if reduced.basis is None:
+        S.diagonal(dim1=0, dim2=3)[:, :, :width].add_(layer.adjoint.mT[:, :, None])
+    else:
+        S.addcmul_(layer.adjoint.mT[:, :, None], reduced.basis[:width].mT[:, None, None, :])
+    return G, B, P
 
 
-def _sweep_solve(layers: Sequence[LayerDerivatives], pivots: Sequence[_Pivot], v: Tensor) -> Tensor:
+def _with_carried(
+    layer: LayerDerivatives, R: Tensor, above: _CostToGo, G: Tensor, B: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """G and B of [Y; w]: K_wt = P_wt φ′, K_ww = P_ww, and w meets t_{ℓ-1} by K_wt A + σ P_wt."""
+    k, N, m = len(above.coupling), len(R), len(G)
+    K = above.coupling * layer.slope.flatten()  # (k, n)
+    extended = G.new_zeros(m + k, m + k)
+    extended[:m, :m] = G
+    extended[m:, :m] = (R.mT @ K.view(k, N, -1)).flatten(1)
+    extended[:m, m:] = extended[m:, :m].mT
+    extended[m:, m:].diagonal().copy_(above.values)
+    if B is None:
+        return extended, None
+    rows = (K.view(k * N, -1) @ layer.weight).view(k, -1)
+    if layer.skip:
+        rows.add_(above.coupling, alpha=layer.skip)
+    return extended, torch.cat([B, rows])
+
+
+class _Sweep:
+    """The backward sweep, done: its counts, and its pivots for solves, kept or recomputed.
+
+    Kept are all pivots; or, where `checkpoint`, every √L-th cost-to-go, from which a solve recomputes the pivots, once
+    on its way down and once up; or nothing, where not `solvable`. Every recomputation gives the same bits.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerDerivatives],
+        epsilons: Sequence[float],
+        formed: Sequence[_Reduced] | None,
+        many_classes: bool,
+        *,
+        definite_only: bool = False,
+        solvable: bool = True,
+        checkpoint: bool = False,
+    ):
+        self.layers, self._epsilons, self.formed, self._many_classes = layers, epsilons, formed, many_classes
+        if formed is None:
+            self.formed = _reduced_inputs(layers)
+        self._length = math.isqrt(len(layers) - 1) + 1 if checkpoint else len(layers)  # of a segment
+        self._segments: dict[int, _CostToGo | None] = {}  # highest layer of each: the cost-to-go above it
+        self._pivots: list[_Pivot] | None = [] if solvable and not checkpoint else None  # last layer first
+        negative, logabsdet, above = 0, 0.0, None
+        for index in range(len(layers) - 1, -1, -1):
+            if checkpoint and (len(layers) - 1 - index) % self._length == 0:
+                self._segments[index] = _copied(above)
+            pivot, count, above = self._eliminate(index, above, definite_only)
+            if self._pivots is not None:
+                self._pivots.append(pivot)
+            negative, logabsdet = negative + count.negative, logabsdet + count.logabsdet
+        self.num_negative, self.logabsdet = negative, logabsdet
+
+    def _eliminate(self, index: int, above: _CostToGo | None, definite_only: bool = False):
+        return _eliminate_layer(
+            self.layers,
+            index,
+            self.formed[index],
+            self._epsilons[index],
+            above,
+            self._many_classes,
+            definite_only,
+        )
+
+    def solve(self, v: Tensor) -> Tensor:
+        """(H + εI)⁻¹v for v (P, k)."""
+        return _sweep_solve(self, v)
+
+    def downward(self) -> Iterator[_Pivot]:
+        """The pivots, last layer first."""
+        if self._pivots is not None:
+            yield from self._pivots
+        for top in self._segments:
+            yield from self._segment(top)
+
+    def upward(self) -> Iterator[_Pivot]:
+        """The pivots, first layer first."""
+        if self._pivots is not None:
+            yield from reversed(self._pivots)
+        for top in reversed(self._segments):
+            pivots = list(self._segment(top))
+            while pivots:
+                yield pivots.pop()
+
+    def _segment(self, top: int) -> Iterator[_Pivot]:
+        above = _copied(self._segments[top])
+        for index in range(top, max(top - self._length, -1), -1):
+            pivot, _, above = self._eliminate(index, above)
+            yield pivot
+
+
+def _copied(above: _CostToGo | None) -> _CostToGo | None:
+    return None if above is None else above._replace(P=above.P.clone())
+
+
+def _sweep_solve(sweep: _Sweep, v: Tensor) -> Tensor:
     """One backward and one forward sweep for v (P, k): the direct solution of (H + εI) x = v."""
-    V, states, p = _blocks(layers, v), [], None  # p (k, N, a): derivative of the cost-to-go in t_ℓ at t_ℓ = 0
-    for layer, pivot, block in zip(reversed(layers), reversed(pivots), reversed(V), strict=True):
-        in_basis = _to_basis(block, pivot.basis)
+    layers = sweep.layers
+    V, states = _blocks(layers, v), []
+    p = p_carried = None  # derivative of the cost-to-go at 0, in t_ℓ: (k, N, a), and in w: (k, k_w)
+    for layer, pivot, block in zip(reversed(layers), sweep.downward(), reversed(V), strict=True):
+        (basis, rows), carried = pivot.reduced, pivot.carried
+        in_basis = _to_basis(block, basis)
         q = -in_basis.mT  # (k, r, a)
         if p is not None:
             slope_p = layer.slope * p
-            q = q + pivot.reduced.mT @ slope_p
-        state, back = pivot.solver.backward(q.flatten(1).mT)
+            q = q + rows.mT @ slope_p
+        q = q.flatten(1) if p_carried is None else torch.cat([q.flatten(1), p_carried], 1)
+        state, back, left = pivot.solver.backward(q.mT, carried)
         states.append(state)
         if layer is not layers[0]:
             below = -back.mT.unflatten(1, (len(layer.inputs), -1))  # (k, N, a′)
             if p is not None:
                 below = _with_skip(layer.skip, below + slope_p @ layer.weight, p)
-            if pivot.basis is not None:
-                outside = (block - _from_basis(in_basis, pivot.basis))[:, :, : layer.weight.shape[1]]
-                below = below + layer.adjoint @ outside / pivot.damping
-            p = below
-    X, t = [], None
-    for layer, pivot, block, state in zip(layers, pivots, V, reversed(states), strict=True):
-        y = pivot.solver.forward(state, None if t is None else t.flatten(1).mT)
-        Y = y.mT.unflatten(1, (-1, len(layer.weight))).mT  # (k, a, r)
-        x = _from_basis(Y, pivot.basis)
-        if pivot.basis is not None:  # X⊥ = (V − λᵀ[t, 0])(I − QQᵀ)/ε
+            if basis is not None:
+                outside = block - _from_basis(in_basis, basis)
+                if carried is not None and carried.left is not None:
+                    outside = outside - carried.left @ (carried.left.mT @ outside)
+                below = below + layer.adjoint @ outside[:, :, : layer.weight.shape[1]] / pivot.damping
+            p, p_carried = below, None if carried is None else left.mT
+            if carried is not None and carried.left is not None:
+                p_carried = torch.cat([p_carried, carried.of_perpendicular(block)], 1)
+    X, t, w = [], None, None
+    for layer, pivot, block, state in zip(layers, sweep.upward(), V, reversed(states), strict=True):
+        (basis, rows), carried, a = pivot.reduced, pivot.carried, len(layer.weight)
+        num_rows = 0 if carried is None else len(carried.rows)
+        solved = pivot.solver.forward(
+            state, None if t is None else t.flatten(1).mT, carried, None if carried is None else w[:, :num_rows].mT
+        ).mT  # (k, r a and what was carried into this layer)
+        x = _from_basis(solved[:, : rows.shape[1] * a].unflatten(1, (-1, a)).mT, basis)
+        if basis is not None:  # X⊥ = (V − λᵀ[t, 0])(I − QQᵀ)/ε, but for what was carried
             free = block.clone()
             if t is not None:
                 free[:, :, : layer.weight.shape[1]] -= layer.adjoint.mT @ t
-            x = x + (free - _from_basis(_to_basis(free, pivot.basis), pivot.basis)) / pivot.damping
+            free = (free - _from_basis(_to_basis(free, basis), basis)) / pivot.damping
+            if carried is not None and carried.left is not None:
+                free = free - carried.left @ (carried.left.mT @ free) + carried.perpendicular(w[:, num_rows:])
+            x = x + free
+        w = solved[:, rows.shape[1] * a :]
         X.append(x)
         s = layer.inputs @ x.mT if t is None else layer.inputs @ x.mT + t @ layer.weight.mT
         t = _with_skip(layer.skip, layer.slope * s, t)
@@ -671,35 +909,6 @@ def _sweep_solve(layers: Sequence[LayerDerivatives], pivots: Sequence[_Pivot], v
 
 
 # ------------------------------------------------------------------------------------------ factor and solve
-
-
-def _layer_operations(layer: LayerDerivatives, first: bool, many_classes: bool = False) -> tuple[float, float]:
-    """Floating-point operations of the sweep in one layer: to form and factor its pivot, and to eliminate it then."""
-    (a, width), (N, d) = layer.weight.shape, layer.inputs.shape
-    r = min(N, d)
-    m, n, below = a * r, N * a, 0 if first else N * width
-    update = m * below * (below + min(below, UPDATE_BLOCK))  # BᵀG⁻¹B
-    if many_classes and layer.output is not None:
-        return 10 * a * (r**3 + N**3), 2 * m * r * below + update
-    eliminate = m * m * below + update  # F⁻¹B
-    if layer.output is not None:
-        return 2 * r * r * N * a * a + m**3 / 3, eliminate
-    couple = 2 * width * n * n + 2 * a * width * N * below + 2 * N * m * below  # K A, Aᵀ K A, Jᵀ K A
-    return 2 * r * n * n + 2 * r * m * n + m**3 / 3, 0 if first else couple + eliminate  # JᵀK, JᵀKJ, Cholesky
-
-
-def _count_operations(layers: Sequence[LayerDerivatives]) -> tuple[dict[str, float], bool]:
-    """Floating-point operations of each route, and whether the last pivot is cheaper in its many-class form."""
-    sweep = sum(sum(_layer_operations(layer, index == 0)) for index, layer in enumerate(layers[:-1]))
-    dense_output, many_output = (sum(_layer_operations(layers[-1], len(layers) == 1, many)) for many in (False, True))
-    many_classes = dense_output > sweep + many_output
-    sweep += many_output if many_classes else dense_output
-    product, num_parameters = 0.0, 0
-    for index, layer in enumerate(layers):
-        (a, width), (N, d) = layer.weight.shape, layer.inputs.shape
-        num_parameters += a * d
-        product += N * a * (4 * d + (8 * width if index else 0))
-    return {"sweep": sweep, "dense": num_parameters * product + num_parameters**3 / 3}, many_classes
 
 
 def _dense_hessian(layers: Sequence[LayerDerivatives], num_parameters: int) -> Tensor:
@@ -715,6 +924,29 @@ def _dense_hessian(layers: Sequence[LayerDerivatives], num_parameters: int) -> T
     return H
 
 
+class _Dense:
+    """H + εI as a matrix, factored; H is kept for other dampings."""
+
+    def __init__(self, layers, epsilons, formed: Tensor | None, definite_only: bool, dtype: torch.dtype):
+        self.formed = _dense_hessian(layers, len(_damping_vector(layers, epsilons))) if formed is None else formed
+        G = self.formed.to(dtype, copy=True)
+        G.diagonal().add_(_damping_vector(layers, epsilons)[:, 0])
+        factor = factor_symmetric(G, definite_only)
+        if factor is None and definite_only:
+            raise _Indefinite(0)
+        if factor is None:
+            damping = epsilons[0] if len(set(epsilons)) == 1 else tuple(epsilons)
+            raise SingularHessianError(
+                f"H + damping·I, factored densely at damping={damping}, has an exactly singular pivot: choose another",
+                damping=damping,
+            )
+        self._factor, self.num_negative, self.logabsdet = factor, factor.num_negative(), factor.logabsdet()
+
+    def solve(self, v: Tensor) -> Tensor:
+        """(H + εI)⁻¹v for v (P, k)."""
+        return self._factor.unwhiten(self._factor.sign(self._factor.whiten(v.clone())))
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class HessianFactorization:
     """H + εI + (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ, or with JᵀΛJ for H, factored at one batch and one set of parameters; see
@@ -723,16 +955,20 @@ class HessianFactorization:
     Immutable: it holds copies of all it needs, and answers for the parameters at factor time after they change.
     """
 
-    route: str  # 'sweep' or 'dense'
+    route: str  # 'sweep', 'dense' or 'gram'
     curvature: str  # 'hessian' or 'gauss_newton'
     damping: Damping  # as asked for: a float, or one a layer
     state_damping: float  # μ
+    precision: str  # of the factor: 'float64', or 'mixed': float32
+    keep: str  # 'solve' or 'inertia'
+    checkpoint_layers: bool
     num_parameters: int
     num_negative_eigenvalues: int  # of H + εI, by Sylvester's law of inertia
     logabsdet: float  # log |det(H + εI)|
     _layers: tuple[LayerDerivatives, ...]  # as `_modified`: their form is all of the matrix but ε
     _epsilons: tuple[float, ...]
-    _factor: tuple[_Pivot, ...] | SymmetricFactor
+    _factor: _Sweep | _Dense | GramFactor | None
+    _formed: object  # what the route forms whatever the damping: see `_factorize`
 
     @property
     def is_positive_definite(self) -> bool:
@@ -741,12 +977,31 @@ class HessianFactorization:
     def __repr__(self) -> str:
         return (
             f"HessianFactorization(P={self.num_parameters}, {self._dampings()}, curvature={self.curvature!r}, "
-            f"route={self.route!r}, num_negative_eigenvalues={self.num_negative_eigenvalues})"
+            f"route={self.route!r}, precision={self.precision!r}, "
+            f"num_negative_eigenvalues={self.num_negative_eigenvalues})"
         )
 
     def _dampings(self) -> str:
         state = f", state_damping={self.state_damping:g}" if self.state_damping else ""
         return f"damping={self.damping}{state}"
+
+    def with_damping(self, damping: float | Sequence[float]) -> HessianFactorization:
+        """The same matrix at another damping, all else as here: derivatives, QR, and where the route forms it H or the
+        Gram matrix, are used again. Raises as `factorize_hessian` does."""
+        return self._again(checked_damping(damping, len(self._layers)), self.route)
+
+    def _again(self, damping: Damping, route: str, precision: str | None = None) -> HessianFactorization:
+        return _factorize(
+            self._layers,
+            damping,
+            self.curvature,
+            route,
+            self.state_damping,
+            precision=self.precision if precision is None else precision,
+            keep=self.keep,
+            checkpoint_layers=self.checkpoint_layers and route == "sweep",
+            formed=self._formed if route == self.route else None,
+        )
 
     def solve(self, v: Tensor, *, rtol: float | None = 1e-8) -> Tensor:
         """x with (H + εI) x = v, for v of shape (P,) or (P, k), float32 or float64; x has v's dtype, no graph.
@@ -754,9 +1009,12 @@ class HessianFactorization:
         Refined until the residual stops falling. Each column then has ‖(H + εI)x − v‖ ≤ rtol ‖v‖, by an exact
         product in float64, before x is rounded to v's dtype; or SingularHessianError is raised, with the residual
         reached, and an rtol and (where two trials find one) a damping that will do. rtol=None: one direct sweep, no
-        product, nothing checked. Cost: O(Σ m² + m n′) a column and a sweep, two or three sweeps as a rule.
+        product, nothing checked (and to float32's digits only, where precision is 'mixed'). Cost: O(Σ m² + m n′) a
+        column and a sweep, two or three sweeps as a rule; with checkpoint_layers, two factorizations a sweep.
         """
         columns = checked_vector(v, self.num_parameters, self._layers[0].weight.device)
+        if self._factor is None:
+            raise ValueError("factored with keep='inertia': factor with keep='solve' to solve")
         if rtol is None:
             return self._direct(columns).reshape(v.shape).to(v.dtype)
         x, residual = self._refined(columns, checked_rtol(rtol))
@@ -767,11 +1025,13 @@ class HessianFactorization:
         growth = float(column_norms(unit_columns(x[:, column, None])[0]) / column_norms(unit_columns(failed)[0]))
         growth *= float(x[:, column].abs().max() / failed.abs().max())
         reach = UNIT_ROUNDOFF * spectral_norm(self._product, columns) * growth
-        tries = [(self.damping, "dense")] if self.route == "sweep" and self.num_parameters <= _DENSE_TRIAL else []
+        tries = [(self.damping, "dense", "float64")] if self._may_try_dense() else []
+        if self.precision == "mixed":
+            tries = [(self.damping, self.route, "float64"), *tries]
         tries += self._larger(10.0, 1000.0)
         raise SingularHessianError(
             f"(H + damping·I)x = v was solved to a relative residual of {worst:.1e}, not to rtol={rtol:g}, at "
-            f"{self._dampings()}; float64 can't be expected below {reach:.0e}. "
+            f"{self._dampings()}, precision={self.precision!r}; float64 can't be expected below {reach:.0e}. "
             + self._advice(float(worst), failed, rtol, tries),
             damping=self.damping,
             residual=float(worst),
@@ -788,9 +1048,8 @@ class HessianFactorization:
         return (error / torch.where(norm > 0, norm, 1.0)).reshape(v.shape[1:])
 
     def _direct(self, v: Tensor) -> Tensor:
-        if isinstance(self._factor, SymmetricFactor):
-            return self._factor.unwhiten(self._factor.sign(self._factor.whiten(v)))
-        return _sweep_solve(self._layers, self._factor, v)
+        dtype = torch.float32 if self.precision == "mixed" else torch.float64
+        return self._factor.solve(v.to(dtype)).to(torch.float64)
 
     def _product(self, v: Tensor) -> Tensor:
         return _product(self._layers, v) + _damping_vector(self._layers, self._epsilons) * v
@@ -800,21 +1059,33 @@ class HessianFactorization:
         parts = [refine(self._product, self._direct, chunk, rtol) for chunk in chunks]
         return Refined(*(torch.cat(pieces, -1) for pieces in zip(*parts, strict=True)))
 
-    def _larger(self, *factors: float) -> list[tuple[Damping, str]]:
+    def _probe(self) -> bool:
+        """Whether a float32 factor refines a fixed random v to _PROBE_RTOL."""
+        if not math.isfinite(self.logabsdet):
+            return False
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(self.num_parameters, 1, generator=generator, dtype=torch.float64)
+        return bool(self._refined(v.to(self._layers[0].weight.device), _PROBE_RTOL).residual <= _PROBE_RTOL)
+
+    def _may_try_dense(self) -> bool:
+        return self.route != "dense" and self.num_parameters <= _DENSE_TRIAL
+
+    def _larger(self, *factors: float) -> list[tuple[Damping, str, str]]:
         """Settings to try in place of a failed solve: this damping times each factor, where that regularizes more."""
         if min(self._epsilons) <= 0:
             return []
         scaled = [tuple(factor * epsilon for epsilon in self._epsilons) for factor in factors]
-        return [(e if isinstance(self.damping, tuple) else e[0], self.route) for e in scaled]
+        return [(e if isinstance(self.damping, tuple) else e[0], self.route, self.precision) for e in scaled]
 
-    def _advice(self, worst: float, v: Tensor, rtol: float, tries: list[tuple[Damping, str]]) -> str:
+    def _advice(self, worst: float, v: Tensor, rtol: float, tries: list[tuple[Damping, str, str]]) -> str:
         """What would do in place of a failed solve of v: the first of `tries` that works, or a larger rtol."""
         advice = "Pass another damping"
-        for damping, route in tries:
-            tried = _factorize(self._layers, damping, self.curvature, route, self.state_damping)
-            residual = tried._refined(v, rtol).residual
+        for damping, route, precision in tries:
+            residual = self._again(damping, route, precision)._refined(v, rtol).residual
             if bool((residual <= rtol).all()):
                 name = f"damping={damping}" if damping != self.damping else "route='dense' to factorize_hessian"
+                if damping == self.damping and precision != self.precision:
+                    name = "precision='float64' to factorize_hessian"
                 kept = f", the same state_damping={self.state_damping:g}" if self.state_damping else ""
                 advice = f"Pass {name}{kept} (tried: it reaches {residual.max():.0e})"
                 break
@@ -829,6 +1100,11 @@ def _damping_vector(layers: Sequence[LayerDerivatives], epsilons: Sequence[float
     )
 
 
+def _in_float32(layer: LayerDerivatives) -> LayerDerivatives:
+    output = layer.output and layer.output._replace(diagonal=layer.output.diagonal.float())
+    return layer._replace(output=output, **{f: getattr(layer, f).float() for f in LayerDerivatives._fields[:5]})
+
+
 def _factorize(
     layers: tuple[LayerDerivatives, ...],
     damping: Damping,
@@ -836,37 +1112,78 @@ def _factorize(
     route: str,
     state_damping: float = 0.0,
     *,
+    precision: str = "float64",
+    keep: str = "solve",
+    checkpoint_layers: bool = False,
     definite_only: bool = False,
-    H: Tensor | None = None,
+    formed: object = None,
 ) -> HessianFactorization:
     """The form of `layers` + damping·I, factored. curvature, state_damping: what `_modified` put into the layers.
 
-    definite_only: raise _Indefinite where it is not positive definite. H: the form as a matrix, if it was formed before
-    (for the dense route; kept unchanged).
+    definite_only: raise _Indefinite where it is not positive definite. formed: what the route needs that no
+    damping changes, if it was formed before (and is kept unchanged): the reduced inputs, H, or the Gram matrix.
     """
-    num_parameters = sum(len(layer.weight) * layer.inputs.shape[1] for layer in layers)
+    shapes, N = shapes_of_layers(layers), len(layers[0].inputs)
     epsilons = damping if isinstance(damping, tuple) else (damping,) * len(layers)
-    operations, many_classes = _count_operations(layers)
     if route == "auto":
-        route = min(operations, key=operations.get)
-    if route == "sweep":
-        factor, num_negative, logabsdet = _sweep(layers, epsilons, many_classes, definite_only)
-    else:
-        G = _dense_hessian(layers, num_parameters) if H is None else H.clone()
-        G.diagonal().add_(_damping_vector(layers, epsilons)[:, 0])
-        factor = factor_symmetric(G, definite_only)
-        if factor is None and definite_only:
-            raise _Indefinite(0)
-        if factor is None:
-            raise SingularHessianError(
-                f"H + damping·I, factored densely at damping={damping}, has an exactly singular pivot: choose another "
-                "damping",
-                damping=damping,
-            )
-        num_negative, logabsdet = factor.num_negative(), float(factor.logabsdet())
-    return HessianFactorization(
-        route, curvature, damping, state_damping, num_parameters, num_negative, logabsdet, layers, epsilons, factor
+        route = "sweep" if checkpoint_layers else _cheapest_route(shapes, N, curvature, state_damping, epsilons)
+    check_memory(
+        shapes,
+        N,
+        route,
+        layers[0].weight.device,
+        curvature=curvature,
+        precision=precision,
+        keep=keep,
+        checkpoint_layers=checkpoint_layers,
     )
+    factored = tuple(map(_in_float32, layers)) if precision == "mixed" else layers
+    if route == "sweep":
+        factor = _Sweep(
+            factored,
+            epsilons,
+            formed,
+            prefers_many_classes(shapes, N),
+            definite_only=definite_only,
+            solvable=keep == "solve",
+            checkpoint=checkpoint_layers,
+        )
+    elif route == "dense":
+        factor = _Dense(layers, epsilons, formed, definite_only, factored[0].weight.dtype)
+    else:
+        from hessian_gram import GramFactor  # it is made of this module's layers and products
+
+        factor = GramFactor(factored, epsilons, formed)
+    result = HessianFactorization(
+        route,
+        curvature,
+        damping,
+        state_damping,
+        precision,
+        keep,
+        checkpoint_layers,
+        num_parameters(shapes),
+        factor.num_negative,
+        factor.logabsdet,
+        layers,
+        epsilons,
+        factor if keep == "solve" else None,
+        factor.formed,
+    )
+    if precision == "mixed" and keep == "solve" and not result._probe():
+        return _factorize(
+            layers, damping, curvature, route, state_damping, keep=keep, checkpoint_layers=checkpoint_layers
+        )
+    return result
+
+
+def _cheapest_route(
+    shapes: Sequence[LayerShape], N: int, curvature: str, state_damping: float, epsilons: Sequence[float]
+) -> str:
+    """By counted operations; the Gram route knows no state damping, and divides by ε."""
+    gram = curvature == "gauss_newton" and state_damping == 0 and all(epsilons)
+    operations = count_operations(shapes, N, gram)
+    return min(operations, key=operations.get)
 
 
 def _factorize_definite(
@@ -876,16 +1193,17 @@ def _factorize_definite(
 
     The sweep stops at the first layer whose pivot has no Cholesky factor: for ε > 0, H + εI ≻ 0 ⇔ every pivot ≻ 0
     (Haynsworth). Its operations are counted; a dense factorization that fails counts as a whole one. route: 'sweep' or
-    'dense'.
+    'dense'; H: if it was formed.
     """
     try:
-        return _factorize(layers, damping, "hessian", route, definite_only=True, H=H), 1.0
+        return _factorize(layers, damping, "hessian", route, definite_only=True, formed=H), 1.0
     except _Indefinite as stop:
         if route == "dense":
             return None, 1.0
-        _, many_classes = _count_operations(layers)
-        operations = [_layer_operations(x, index == 0, many_classes) for index, x in enumerate(layers)]
-        done = operations[stop.index][0] + sum(map(sum, operations[stop.index + 1 :]))
+        shapes, N = shapes_of_layers(layers), len(layers[0].inputs)
+        many_classes = prefers_many_classes(shapes, N)
+        operations = [layer_operations(shapes, index, N, many_classes) for index in range(len(shapes))]
+        done = operations[stop.index].pivot + sum(map(sum, operations[stop.index + 1 :]))
         return None, done / sum(map(sum, operations))
 
 
@@ -898,31 +1216,52 @@ def factorize_hessian(
     curvature: str = "hessian",
     route: str = "auto",
     state_damping: float = 0.0,
+    precision: str = "float64",
+    keep: str = "solve",
+    checkpoint_layers: bool = False,
 ) -> HessianFactorization:
     """Factor H + damping·I at the tracked `loss`, in float64: factor once, then `.solve` for thousands.
 
     damping: ε, in units of loss / parameter²; negative too (spectrum slicing: `.num_negative_eigenvalues` counts the
-    eigenvalues of H below −ε); or one float a layer, first layer first. curvature: 'hessian', or 'gauss_newton' for the
-    first term of the quadratic form only, JᵀΛJ, positive semidefinite. route: 'sweep' (layer by layer), 'dense' (H
-    formed by products and factored; cheaper where P is small beside N times the width), or 'auto' for the one with
-    fewer counted operations; `.route` tells which. state_damping: μ ≥ 0, in units of loss / pre-activation²; factors
-    H + damping·I + (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ, S_ℓ x = s_ℓ the first-order change of hidden layer ℓ's pre-activations (N, a)
-    along x: each unit's change costs μ times its mean square over the batch. It costs nothing; H + damping·I means
-    this matrix below, and in the factorization.
+    eigenvalues of H below −ε); or one float a layer, first layer first. `.with_damping` factors the same at another.
+    curvature: 'hessian', or 'gauss_newton' for the first term of the quadratic form only, JᵀΛJ, positive semidefinite.
+    route: 'sweep' (layer by layer), 'dense' (H formed by products and factored; cheaper where P is small beside N times
+    the width), 'gram' (Gauss–Newton by the matrix of N·C scaled outputs; cheaper where that is small), or 'auto' for
+    the one with the fewest counted operations; `.route` tells which. state_damping: μ ≥ 0, in units of loss /
+    pre-activation²; factors H + damping·I + (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ, S_ℓ x = s_ℓ the first-order change of hidden layer
+    ℓ's pre-activations (N, a) along x: each unit's change costs μ times its mean square over the batch. It costs
+    nothing; H + damping·I means this matrix below, and in the factorization.
 
-    Cost: Σ m³/3 + m²n′ + 2m n′² operations (the last halved where n′ is large) and the structured products of lower
-    order; Σ m² + m n′ numbers kept; m = a·min(N, d), n′ = N a′.
-    Raises ValueError or TypeError for a loss or a damping that doesn't fit, SingularHessianError for an exactly
-    singular pivot. Not checked: a pivot that is merely small. `.solve` checks its answer, but inertia and determinant
-    are as good as the pivots: with fewer samples than the width and ε far below 1e-4 (seen at 1e-8, where `.solve`
-    raised or refined slowly), eigenvalues of H near −ε can be counted on the wrong side; `route='dense'` then decides.
+    precision: 'mixed' factors in float32, at half of the memory and less time; solves are refined in float64 to the
+    same certificate. A trial solve decides whether the float32 factor will do, or is made anew in float64: `.precision`
+    tells. Inertia and determinant are then those of the float32 pivots: eigenvalues within 1e-6 ‖H‖ of −ε may be
+    miscounted. keep: 'inertia' keeps nothing, for the counts alone, in the memory of one layer. checkpoint_layers: keep
+    every √L-th cost-to-go only and recompute the rest in each solve: O(√L (N a)²) memory, and three times the
+    operations for a direct solve, two more for each refinement. `estimate_cost` tells operations and bytes before.
+
+    Cost: Σ m³/3 + m²n′ + m n′² operations and the structured products of lower order; Σ m² + m n′ numbers kept;
+    m = a·min(N, d), n′ = N a′.
+    Raises ValueError or TypeError for a loss or an argument that doesn't fit, SingularHessianError for an exactly
+    singular pivot, MemoryError where the estimate exceeds the device's free memory. Pivots near 0 that couple strongly
+    are left to the layer below, so that no digits are lost that H + damping·I has. Not checked: that eigenvalues of H
+    are further from −ε than rounding, about 1e-15 ‖H‖ √P; those may be counted on the wrong side.
     """
     layers = _checked_derivatives(model, loss)
     damping, state_damping = checked_damping(damping, len(layers)), checked_nonnegative("state_damping", state_damping)
-    if route not in ("auto", "sweep", "dense"):
-        raise ValueError(f"unknown route {route!r}: choose 'auto', 'sweep' or 'dense'")
-    layers = _modified(layers, checked_curvature(curvature), state_damping)
-    return _factorize(layers, damping, curvature, route, state_damping)
+    check_choices(route=route, precision=precision, keep=keep)
+    curvature = checked_curvature(curvature)
+    check_combination(route, curvature, state_damping, damping, checkpoint_layers)
+    layers = _modified(layers, curvature, state_damping)
+    return _factorize(
+        layers,
+        damping,
+        curvature,
+        route,
+        state_damping,
+        precision=precision,
+        keep=keep,
+        checkpoint_layers=checkpoint_layers,
+    )
 
 
 @torch.no_grad()

@@ -125,6 +125,29 @@ def checked_curvature(curvature: str) -> str:
     return curvature
 
 
+def check_choices(**chosen: str) -> None:
+    choices = {
+        "route": ("auto", "sweep", "dense", "gram"),
+        "precision": ("float64", "mixed"),
+        "keep": ("solve", "inertia"),
+    }
+    for name, value in chosen.items():
+        if value not in choices[name]:
+            *others, last = map(repr, choices[name])
+            raise ValueError(f"unknown {name} {value!r}: choose {', '.join(others)} or {last}")
+
+
+def check_combination(
+    route: str, curvature: str, state_damping: float, damping: Damping, checkpoint_layers: bool
+) -> None:
+    if route == "gram" and (curvature != "gauss_newton" or state_damping):
+        raise ValueError("route='gram' needs curvature='gauss_newton' and state_damping=0: choose another route")
+    if route == "gram" and not all(damping if isinstance(damping, tuple) else (damping,)):
+        raise ValueError("route='gram' divides by damping: choose one other than 0, or another route")
+    if checkpoint_layers and route not in ("auto", "sweep"):
+        raise ValueError(f"checkpoint_layers=True is for route='sweep', got route={route!r}")
+
+
 def checked_rtol(rtol: float) -> float:
     if rtol is None or not 0 < rtol < 1:
         raise ValueError(f"rtol must lie between 0 and 1, got {rtol!r} (None, unchecked, is for `.solve` alone)")

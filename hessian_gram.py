@@ -20,14 +20,23 @@ the split π of their damping; Tassa, Erez & Todorov (2012), steps measured in s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hessian import LayerDerivatives, _blocks, _forward_tangent, _with_skip
+from hessian import (
+    LayerDerivatives,
+    SingularHessianError,
+    _blocks,
+    _damping_vector,
+    _flatten,
+    _forward_tangent,
+    _with_skip,
+)
+from hessian_linear_algebra import factor_symmetric
 
 _LARGEST_RESIDUAL = 1e100  # of √N w; beyond it squares overflow
 
@@ -267,7 +276,8 @@ class GramSystem:
         """The whitened groups and M, kept for the last ρ."""
         if self._whitened is None or self._whitened[0] != rho:
             groups = self._groups(rho)
-            self._whitened = (rho, groups, _gram_matrix(groups, self.shape))
+            factors = (z for x in groups for z in zip(x.outputs, x.inputs @ x.inputs.mT, strict=True))
+            self._whitened = (rho, groups, _gram_matrix(factors, self.shape))
         return self._whitened[1:]
 
     def _groups(self, rho: float) -> list[_Group]:
@@ -285,16 +295,72 @@ class GramSystem:
         return groups
 
 
-def _gram_matrix(groups: Sequence[_Group], shape: tuple[int, int]) -> Tensor:
-    """M = Σ_ℓ (E Ω⁻¹ Eᵀ) ∘ (z̃ A⁻¹ z̃ᵀ), (K N, K N)."""
+def _gram_matrix(factors: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, int]) -> Tensor:
+    """M = Σ_ℓ (Eᵀ E) ∘ (z̃ z̃ᵀ), (K N, K N), of each layer's E (a, K N) and z̃z̃ᵀ (N, N), both whitened."""
     K, N = shape
-    M = groups[0].inputs.new_zeros(K, N, K, N)
-    product = M.new_empty(K * N, K * N)
-    for group in groups:
-        for E, similarity in zip(group.outputs, group.inputs @ group.inputs.mT, strict=True):
-            torch.mm(E.mT, E, out=product)
-            M.addcmul_(product.view_as(M), similarity[None, :, None, :])
+    M = product = None
+    for E, similarity in factors:
+        if M is None:
+            M, product = E.new_zeros(K, N, K, N), E.new_empty(K * N, K * N)
+        torch.mm(E.mT, E, out=product)
+        M.addcmul_(product.view_as(M), similarity[None, :, None, :])
     return M.view(K * N, K * N)
+
+
+class GramFactor:
+    """JᵀJ + D, D the dampings, by I + J D⁻¹Jᵀ in N K unknowns: hessian.py's route 'gram'.
+
+    (JᵀJ + D)⁻¹v = D⁻¹ (v − Jᵀ (I + J D⁻¹Jᵀ)⁻¹ J D⁻¹v); and since [[D, Jᵀ], [J, −I]] may be eliminated from either end,
+    its negative eigenvalues are those of D less those of I + J D⁻¹Jᵀ, and its determinant is the product of theirs.
+    """
+
+    def __init__(self, layers: Sequence[LayerDerivatives], epsilons: Sequence[float], formed: Tensor | None):
+        self._layers, self._damping = layers, _damping_vector(layers, epsilons)
+        self._root = scaled_output(layers[-1]).root  # (N, C, K)
+        scale = max(map(abs, epsilons))
+        plain = len(set(epsilons)) == 1  # then J Jᵀ serves for any damping
+        M = formed
+        if M is None:
+            weights = [1.0] * len(layers) if plain else [scale / epsilon for epsilon in epsilons]
+            jacobians = output_jacobians(layers, self._root)
+            factors = (
+                (E.flatten(0, 1).mT, weight * (x.inputs @ x.inputs.mT))
+                for E, x, weight in zip(jacobians, layers, weights, strict=True)
+            )
+            M = _gram_matrix(factors, (self._root.shape[2], len(self._root)))
+        self.formed = M if plain else None
+        shifted = M / (epsilons[0] if plain else scale)
+        shifted.diagonal().add_(1)
+        factor = factor_symmetric(shifted)
+        if factor is None:
+            raise SingularHessianError(
+                f"JᵀΛJ + damping·I has an exactly singular Gram matrix at damping={tuple(epsilons)}: choose another"
+            )
+        self._factor = factor
+        self.num_negative = int((self._damping < 0).sum()) - factor.num_negative()
+        self.logabsdet = float(self._damping.abs().log().sum()) + factor.logabsdet()
+
+    def solve(self, v: Tensor) -> Tensor:
+        """(JᵀJ + D)⁻¹v for v (P, k)."""
+        scaled = v / self._damping
+        for s, _ in _forward_tangent(self._layers, _blocks(self._layers, scaled)):
+            logits = s  # (k, N, C)
+        y = torch.einsum("nck,jnc->knj", self._root, logits).flatten(0, 1).contiguous()  # (K N, columns)
+        y = self._factor.unwhiten(self._factor.sign(self._factor.whiten(y)))
+        K, N = self._root.shape[2], len(self._root)
+        delta = torch.einsum("nck,knj->jnc", self._root, y.unflatten(0, (K, N)))
+        return scaled - _transposed(self._layers, delta) / self._damping
+
+
+def _transposed(layers: Sequence[LayerDerivatives], delta: Tensor) -> Tensor:
+    """(∂h_L/∂θ)ᵀ of δ (k, N, C): (P, k)."""
+    products, beta = [], None
+    for layer in reversed(layers):
+        if beta is not None:
+            delta = layer.slope * beta
+        products.append(delta.mT @ layer.inputs)
+        beta = _with_skip(layer.skip, delta @ layer.weight, beta)
+    return _flatten(layers, products[::-1])
 
 
 def count_gram_operations(

@@ -8,10 +8,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from scipy.linalg import blas, lapack
 from torch import Tensor
 
 UNIT_ROUNDOFF = 2.0**-53
-UPDATE_BLOCK = 512  # symmetric updates are done by rows of blocks of this size, the lower half only
+UPDATE_BLOCK = 512  # without LAPACK, symmetric updates are done by rows of blocks of this size, the lower half only
+_MIRROR_BLOCK = 128
 NULL = 1e-12  # relative to ‖A‖: what `minimum_norm` takes for the null space
 _MAX_REFINEMENTS = 40
 _PATIENCE = 5  # refinement above rtol goes on while the residual halves in this many steps
@@ -20,90 +22,163 @@ _SHIFTS = (1e-7, 1e-8)  # relative to ‖A‖; the larger resolves fewer eigenva
 
 
 class SymmetricFactor(NamedTuple):
-    """G = F Σ Fᵀ with F = Πᵀ L V |D|^½: Cholesky (L alone), or LDLᵀ whose 2 × 2 blocks V diagonalizes."""
+    """G = F Σ Fᵀ with F = Πᵀ L V |D|^½ Sᵀ: Cholesky (L alone), or LDLᵀ whose 2 × 2 blocks V diagonalizes. S puts the
+    positive pivots first."""
 
     lower: Tensor  # (m, m), only the lower triangle is read
-    order: Tensor | None  # (m,) Π as row order: (Π G Πᵀ) = G[order][:, order]
-    pairs: Tensor  # (p,) first rows of the 2 × 2 blocks
-    cosine: Tensor  # (p, 1) the eigenvectors of block i are the columns of [[cᵢ, sᵢ], [−sᵢ, cᵢ]]
-    sine: Tensor  # (p, 1)
-    scale: Tensor | None  # (m,) |D|^½
-    signs: Tensor | None  # (m,) Σ; None where G is positive definite
+    num_positive: int  # Σ = diag(1, …, 1, −1, …, −1)
+    root: np.ndarray  # (m,) |D|^½ in the order of Σ
+    interchanges: _Interchanges | None  # None for Cholesky
 
     def whiten(self, b: Tensor) -> Tensor:
-        """F⁻¹ b for b (m, k)."""
-        if self.order is None:
-            return torch.linalg.solve_triangular(self.lower, b, upper=False)
-        b = torch.linalg.solve_triangular(self.lower, b[self.order], upper=False, unitriangular=True)
-        return self._rotate(b, -self.sine).div_(self.scale[:, None])
+        """F⁻¹ b for b (m, k), which may be overwritten."""
+        if self.interchanges is None:
+            return solve_triangular(self.lower, b)
+        order, pairs, cosine, sine, sort, scale = self.interchanges
+        b = solve_triangular(self.lower, b[order], unit=True)
+        if len(pairs):
+            _rotate(b, pairs, cosine, -sine)
+        return b[sort].div_(scale)
 
     def unwhiten(self, b: Tensor) -> Tensor:
-        """F⁻ᵀ b for b (m, k)."""
-        if self.order is None:
-            return torch.linalg.solve_triangular(self.lower.mT, b, upper=True)
-        b = self._rotate(b / self.scale[:, None], self.sine)
-        solved = torch.linalg.solve_triangular(self.lower.mT, b, upper=True, unitriangular=True)
-        return torch.empty_like(solved).index_copy_(0, self.order, solved)
+        """F⁻ᵀ b for b (m, k), which may be overwritten."""
+        if self.interchanges is None:
+            return solve_triangular(self.lower, b, transpose=True)
+        order, pairs, cosine, sine, sort, scale = self.interchanges
+        b = torch.empty_like(b).index_copy_(0, sort, b / scale)
+        if len(pairs):
+            _rotate(b, pairs, cosine, sine)
+        solved = solve_triangular(self.lower, b, transpose=True, unit=True)
+        return torch.empty_like(solved).index_copy_(0, order, solved)
 
     def sign(self, b: Tensor) -> Tensor:
-        """Σ b."""
-        return b if self.signs is None else b * self.signs[:, None]
-
-    def _rotate(self, b: Tensor, sine: Tensor) -> Tensor:
-        if len(self.pairs):
-            first, second = b[self.pairs], b[self.pairs + 1]
-            b[self.pairs] = self.cosine * first + sine * second
-            b[self.pairs + 1] = self.cosine * second - sine * first
+        """Σ b in place."""
+        b[self.num_positive :].neg_()
         return b
 
     def num_negative(self) -> int:
-        return 0 if self.signs is None else int((self.signs < 0).sum())
+        return len(self.lower) - self.num_positive
 
-    def logabsdet(self) -> Tensor:
-        return 2 * (self.lower.diagonal() if self.scale is None else self.scale).log().sum()
+    def logabsdet(self) -> float:
+        return 2 * float(np.log(self.root).sum())
 
 
-def factor_symmetric(G: Tensor, definite_only: bool = False) -> SymmetricFactor | None:
-    """Factor G (m, m), of which the lower triangle is read; None where a pivot is exactly zero, or, where
-    `definite_only`, where G is not positive definite."""
-    lower, info = torch.linalg.cholesky_ex(G)
-    none = torch.empty(0, dtype=torch.long, device=G.device)
-    if int(info) == 0:  # a Cholesky factor exists ⇔ G ≻ 0; asking costs a host synchronization
-        return SymmetricFactor(lower, None, none, G.new_empty(0, 1), G.new_empty(0, 1), None, None)
-    if definite_only:
+class _Interchanges(NamedTuple):
+    order: Tensor  # (m,) Π as row order: (Π G Πᵀ) = G[order][:, order]
+    pairs: Tensor  # (p,) first rows of the 2 × 2 blocks
+    cosine: Tensor  # (p, 1) the eigenvectors of block i are the columns of [[cᵢ, sᵢ], [−sᵢ, cᵢ]]
+    sine: Tensor  # (p, 1)
+    sort: Tensor  # (m,) S as row order
+    scale: Tensor  # (m, 1) |D|^½, sorted
+
+
+def _rotate(b: Tensor, pairs: Tensor, cosine: Tensor, sine: Tensor) -> None:
+    first, second = b[pairs], b[pairs + 1]
+    b[pairs] = torch.addcmul(cosine * first, sine, second)
+    b[pairs + 1] = torch.addcmul(cosine * second, sine, first, value=-1)
+
+
+def factor_symmetric(G: Tensor, definite_only: bool = False, definite_first: bool = True) -> SymmetricFactor | None:
+    """Factor G (m, m), both triangles of which are read and overwritten; None where a pivot is exactly zero, or, where
+    `definite_only`, where G is not positive definite. definite_first: try Cholesky before LDLᵀ."""
+    diagonal = G.diagonal().clone()
+    if definite_first or definite_only:
+        lower = cholesky(G)  # a Cholesky factor exists ⇔ G ≻ 0; asking costs a host synchronization
+        if lower is not None:
+            return SymmetricFactor(lower, len(G), lower.diagonal().numpy(force=True), None)
+        if definite_only:
+            return None
+        G.diagonal().copy_(diagonal)
+    found = _ldl(G)
+    if found is None:
         return None
+    lower, D, below, order, pairs = found
+    # Jacobi's rotation of each 2 × 2 block [[D_i, b], [b, D_{i+1}]], b ≠ 0: t = tan of its angle
+    b = below[pairs]
+    tau = (D[pairs + 1] - D[pairs]) / (2 * b)
+    t = np.where(tau < 0, -1.0, 1.0) / (np.abs(tau) + np.hypot(tau, 1.0))
+    cosine = 1 / np.sqrt(1 + t * t)
+    D[pairs] -= t * b
+    D[pairs + 1] += t * b
+    if not (np.abs(D) > 0).all():  # NaN too
+        return None
+    sort = np.argsort(D < 0, kind="stable")
+    root = np.sqrt(np.abs(D[sort]))
+
+    def to(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(G.device)
+
+    column = [to(x.astype(root.dtype)[:, None]) for x in (cosine, t * cosine, root)]
+    interchanges = _Interchanges(to(order), to(pairs), column[0], column[1], to(sort), column[2])
+    return SymmetricFactor(lower, len(G) - int((D < 0).sum()), root, interchanges)
+
+
+# ------------------------------------------------------------------------- kernels: in place, on the CPU by LAPACK
+#
+# torch copies before it factors, zeroes the other triangle after it, and updates both halves of a symmetric matrix;
+# these don't. A row-major matrix is to LAPACK its transpose: what is the lower triangle here is the upper one there.
+
+
+def _lapack(name: str, like: Tensor) -> Callable:
+    prefix = {torch.float64: "d", torch.float32: "s"}[like.dtype]
+    return getattr(lapack if hasattr(lapack, prefix + name) else blas, prefix + name)
+
+
+def cholesky(G: Tensor) -> Tensor | None:
+    """L, lower triangular, G = L Lᵀ; None where there is none. The lower triangle and the diagonal are overwritten on
+    the CPU, G's strict upper triangle is not."""
+    if not G.is_cpu:
+        lower, info = torch.linalg.cholesky_ex(G)
+        return lower if int(info) == 0 else None
+    _, info = _lapack("potrf", G)(G.numpy().T, lower=0, overwrite_a=1, clean=0)
+    return G if info == 0 and bool(torch.isfinite(G.diagonal()).all()) else None
+
+
+def _ldl(G: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+    """L with Π G Πᵀ = L D Lᵀ (of which the strict lower triangle is to be read), the diagonal of D and what stands
+    below it, the order Π, and the first rows of the 2 × 2 blocks. None where a pivot is zero."""
+    if G.is_cpu:
+        packed, pivots, info = _lapack("sytrf", G)(G.numpy().T, lower=1, lwork=64 * len(G), overwrite_a=1)
+        if info != 0:
+            return None
+        D = packed.diagonal().copy()
+        lower, below, _ = _lapack("syconv", G)(packed, pivots, lower=1, way=0, overwrite_a=1)
+        _, order, pairs = _read_pivots(pivots.tolist())
+        return torch.from_numpy(lower), D, below, order, pairs
     packed, pivots, info = torch.linalg.ldl_factor_ex(G)
     if int(info) != 0:
         return None
-    lower, order, pairs = _unpack_ldl(packed, pivots)
-    # Jacobi's rotation of each 2 × 2 block [[D_i, b], [b, D_{i+1}]], b ≠ 0: t = tan of its angle
-    D, b = packed.diagonal().clone(), packed.diagonal(-1)[pairs]
-    tau = (D[pairs + 1] - D[pairs]) / (2 * b)
-    t = torch.where(tau < 0, -1.0, 1.0) / (tau.abs() + torch.hypot(tau, torch.ones_like(tau)))
-    cosine = torch.rsqrt(1 + t * t)
-    D[pairs] -= t * b
-    D[pairs + 1] += t * b
-    if not bool((D.abs() > 0).all()):  # NaN too
-        return None
-    return SymmetricFactor(lower, order, pairs, cosine[:, None], (t * cosine)[:, None], D.abs().sqrt(), D.sign())
+    D, below = packed.diagonal().numpy(force=True).copy(), packed.diagonal(-1).numpy(force=True)
+    steps, order, pairs = _read_pivots(pivots.tolist())
+    return _unpack_ldl(packed, steps, pairs), D, below, order, pairs
 
 
-def _unpack_ldl(packed: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """LAPACK's sytrf output (lower) → L with Π G Πᵀ = L D Lᵀ, the order Π, and the first rows of the 2 × 2 blocks.
+class _Step(NamedTuple):
+    first: int  # column of the block
+    row: int  # interchanged with
+    other: int
+
+
+def _read_pivots(pivots: list[int]) -> tuple[list[_Step], np.ndarray, np.ndarray]:
+    """The steps of LAPACK's sytrf (lower), the order Π, and the first rows of the 2 × 2 blocks."""
+    steps, order, k = [], list(range(len(pivots))), 0
+    while k < len(pivots):
+        row = k if pivots[k] > 0 else k + 1
+        other = abs(pivots[row]) - 1
+        steps.append(_Step(k, row, other))
+        order[row], order[other] = order[other], order[row]
+        k = row + 1
+    pairs = [step.first for step in steps if step.row > step.first]
+    return steps, np.array(order, dtype=np.int64), np.array(pairs, dtype=np.int64)
+
+
+def _unpack_ldl(packed: Tensor, steps: list[_Step], pairs: np.ndarray) -> Tensor:
+    """LAPACK's sytrf output (lower) → L: its syconv, which torch lacks.
 
     sytrf leaves L as a product of interchanges and elementary factors: an interchange made at step k was not applied
     to the columns before k. Column j's rows are therefore read in the order of all interchanges after j composed.
     """
-    m, pivots = len(packed), pivots.tolist()
-    steps, pairs, k = [], [], 0  # (first column of the block, interchanged rows)
-    while k < m:
-        if pivots[k] > 0:
-            steps.append((k, k, pivots[k] - 1))
-            k += 1
-        else:
-            steps.append((k, k + 1, -pivots[k] - 1))
-            pairs.append(k)
-            k += 2
+    m = len(packed)
     rows = np.empty((m, m), dtype=np.int64)  # row j: where the entries of L's column j stand in `packed`
     current, position, filled = np.arange(m), list(range(m)), m
     for k, i, j in reversed(steps):
@@ -112,27 +187,54 @@ def _unpack_ldl(packed: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor, Tensor]
             current[position[i]], current[position[j]] = j, i
             position[i], position[j] = position[j], position[i]
     rows[:filled] = current
-    order = torch.from_numpy(current.copy()).to(packed.device)
-    lower = packed if filled == m else packed.mT.gather(1, torch.from_numpy(rows).to(packed.device)).mT
-    pairs = torch.tensor(pairs, dtype=torch.long, device=packed.device)
-    if len(pairs):
-        lower = lower.clone() if lower is packed else lower
-        lower[pairs + 1, pairs] = 0.0  # that entry belongs to D
-    return lower, order, pairs
+    lower = packed.mT.gather(1, torch.from_numpy(rows).to(packed.device)).mT
+    pairs = torch.from_numpy(pairs).to(packed.device)
+    lower[pairs + 1, pairs] = 0.0  # that entry belongs to D
+    return lower
 
 
-def subtract_gram(P: Tensor, left: Tensor, right: Tensor) -> None:
-    """P ← P − leftᵀ right in place, known to be symmetric: blocks of the lower triangle only."""
-    for start in range(0, len(P), UPDATE_BLOCK):
-        stop = min(start + UPDATE_BLOCK, len(P))
-        P[start:stop, :stop].addmm_(left[:, start:stop].mT, right[:, :stop], alpha=-1)
+def solve_triangular(lower: Tensor, b: Tensor, transpose: bool = False, unit: bool = False) -> Tensor:
+    """L⁻¹b, or L⁻ᵀb, for b (m, k), on the CPU in its place if b is contiguous. `unit`: L's diagonal is ones, unread."""
+    if not b.is_cpu:
+        return torch.linalg.solve_triangular(lower.mT if transpose else lower, b, upper=transpose, unitriangular=unit)
+    # LAPACK's view of L: itself in column-major order, or an upper triangle
+    L, flipped = (lower.numpy().T, True) if lower.is_contiguous() else (lower.numpy(), False)
+    b = b.contiguous()
+    if b.shape[1] == 1:
+        x = b.numpy()[:, 0]
+        x = _lapack("trsv", b)(L, x, lower=not flipped, trans=transpose != flipped, diag=unit, overwrite_x=1)
+        return torch.from_numpy(x)[:, None]
+    if 0 in b.shape:
+        return b
+    # from the right: bᵀ L⁻ᵀ, since bᵀ is what LAPACK sees of b
+    right = dict(side=1, lower=not flipped, trans_a=transpose == flipped, diag=unit, overwrite_b=1)
+    return torch.from_numpy(_lapack("trsm", b)(1.0, L, b.numpy().T, **right).T)
+
+
+def subtract_gram(P: Tensor, W: Tensor, num_positive: int) -> None:
+    """P ← P − W₊ᵀW₊ + W₋ᵀW₋ in the lower triangle of P, in place; W₊ (m, n) the first rows of W, W₋ the others."""
+    for rows, sign in ((W[:num_positive], -1.0), (W[num_positive:], 1.0)):
+        if len(rows) == 0:
+            continue
+        if P.is_cpu:
+            _lapack("syrk", P)(sign, rows.numpy().T, beta=1.0, c=P.numpy().T, lower=0, overwrite_c=1)
+            continue
+        for start in range(0, len(P), UPDATE_BLOCK):
+            stop = min(start + UPDATE_BLOCK, len(P))
+            P[start:stop, :stop].addmm_(rows[:, start:stop].mT, rows[:, :stop], alpha=sign)
+
+
+def largest_entry(P: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(P, math.inf)
 
 
 def mirror(P: Tensor) -> None:
-    """Copy the blocks of the lower triangle, as `subtract_gram` leaves them, to the upper one."""
-    for start in range(UPDATE_BLOCK, len(P), UPDATE_BLOCK):
-        stop = min(start + UPDATE_BLOCK, len(P))
+    """Copy the lower triangle to the upper one."""
+    for start in range(0, len(P), _MIRROR_BLOCK):
+        stop = min(start + _MIRROR_BLOCK, len(P))
         P[:start, start:stop] = P[start:stop, :start].mT
+        block = P[start:stop, start:stop]
+        block.copy_(block.tril() + block.tril(-1).mT)
 
 
 class Refined(NamedTuple):

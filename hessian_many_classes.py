@@ -18,7 +18,6 @@ _CHUNK_BYTES = 2**28  # the couplings of so many classes are formed at a time
 class ManyClassPivot(NamedTuple):
     """The last layer's pivot for many classes: G = blockdiag(D_c) − U Uᵀ, D_c = εI + Rᵀ A_c R.
 
-
     A_c = diag_b(d[b, c]) and U[(q, c), b] = R[b, q] u[b, c], by Λ_b = diag(d_b) − u_b u_bᵀ. The direction that adds the
     same row to every class has neither curvature nor coupling, so it is solved as q̄/ε first; Woodbury's identity,
     its capacitance I − UᵀD⁻¹U formed without cancellation, works on the zero-sum rest. Without a rank-one term in Λ
@@ -34,7 +33,9 @@ class ManyClassPivot(NamedTuple):
     capacitance: tuple[Tensor, Tensor] | None  # eigenvalues (N,) and eigenvectors (N, N) of I − UᵀD⁻¹U
 
     @classmethod
-    def form(cls, layer: LayerDerivatives, basis: Tensor, reduced: Tensor, damping: float) -> ManyClassPivot:
+    def form(cls, layer: LayerDerivatives, basis: Tensor | None, reduced: Tensor, damping: float) -> ManyClassPivot:
+        if basis is None:
+            basis = torch.eye(reduced.shape[1], dtype=reduced.dtype, device=reduced.device)
         root = layer.output.diagonal.mT.sqrt()[:, :, None]  # (C, N, 1) A_c^½
         scaled = root * reduced  # (C, N, r)
         values, vectors = torch.linalg.eigh(scaled.mT @ scaled)
@@ -76,25 +77,24 @@ class ManyClassPivot(NamedTuple):
             scale = self.values[chunk].abs().sqrt()[:, None, :]  # (c, 1, r)
             whitening = self.vectors[chunk] / scale
             white = (whitening.mT @ B.flatten(2)).flatten(0, 1)  # (c r, n′)
-            signed = white * self.values[chunk].sign().view(-1, 1)
-            subtract_gram(P, white, signed)
+            _subtract_signed(P, white, self.values[chunk].flatten())
             if self.capacitance is not None:
                 U = layer.output.rank_one[:, chunk].mT[:, :, None] * R  # (c, N, r)
+                signed = white * self.values[chunk].sign().view(-1, 1)
                 correction += (U @ whitening).transpose(0, 1).flatten(1) @ signed
         if self.capacitance is not None:
             values, vectors = self.capacitance
-            rotated = vectors.mT @ correction
-            subtract_gram(P, rotated, rotated / values[:, None])
+            _subtract_signed(P, vectors.mT @ correction / values.abs().sqrt()[:, None], values)
 
-    def backward(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        """From q (m, k): what `forward` needs of it, and BᵀG⁻¹q (n′, k)."""
+    def backward(self, q: Tensor, carried: None) -> tuple[Tensor, Tensor, None]:
+        """From q (m, k): what `forward` needs of it, and BᵀG⁻¹q (n′, k). Nothing is carried."""
         layer = self.layer
         y = self._solve(q.mT.unflatten(1, (-1, len(layer.weight))))
         back = layer.output.apply(self.reduced @ y) @ layer.weight
         back = back + layer.adjoint @ (y.mT @ self.basis[: layer.weight.shape[1]].mT)
-        return y, back.flatten(1).mT
+        return y, back.flatten(1).mT, None
 
-    def forward(self, y: Tensor, t: Tensor | None) -> Tensor:
+    def forward(self, y: Tensor, t: Tensor | None, carried: None, w: None) -> Tensor:
         """−G⁻¹(q + B t) for t (n′, k), from y = G⁻¹q."""
         if t is not None:
             layer, (N, width) = self.layer, (len(self.reduced), self.layer.weight.shape[1])
@@ -110,3 +110,11 @@ class ManyClassPivot(NamedTuple):
     def logabsdet(self) -> Tensor:
         total = self.values.abs().log().sum()
         return total if self.capacitance is None else total + self.capacitance[0].abs().log().sum()
+
+
+def _subtract_signed(P: Tensor, W: Tensor, signs: Tensor) -> None:
+    """P ← P − Wᵀ sign W, in the lower triangle."""
+    positive = signs > 0
+    if not bool(positive.all()):
+        W = torch.cat([W[positive], W[~positive]])
+    subtract_gram(P, W, int(positive.sum()))

@@ -38,13 +38,13 @@ from hessian import (
     OutputHessian,
     SingularHessianError,
     _checked_derivatives,
-    _count_operations,
     _dense_hessian,
     _factorize,
     _Indefinite,
     _modified,
 )
 from hessian_checks import checked_nonnegative
+from hessian_costs import count_operations, shapes_of_layers
 from hessian_gram import DampedSystem, GramSystem, count_gram_operations
 from newton_trust_region import TrustRegionStep, _trust_region, trust_region_step
 
@@ -557,7 +557,7 @@ class _Step:
     def by_gram(self) -> bool:
         route = self.group["route"]
         if route == "auto":
-            operations, _ = _count_operations(self.curvature_layers)
+            operations = self.operations()
             gram = count_gram_operations(self.curvature_layers, self.group["metric"], self.weight_decay, 3)
             return gram <= min(operations.values())
         return route == "gram"
@@ -614,9 +614,13 @@ class _Step:
     def hessian_steps(self, dampings: Sequence[float]) -> _Candidates | None:
         return self.exact_steps("hessian", dampings)
 
+    def operations(self) -> dict[str, float]:
+        """Of a factorization of the curvature by each route of hessian.py."""
+        return count_operations(shapes_of_layers(self.curvature_layers), len(self.curvature_layers[0].inputs))
+
     def is_dense(self) -> bool:
         """Whether forming H is the cheaper route."""
-        operations, _ = _count_operations(self.curvature_layers)
+        operations = self.operations()
         return min(operations, key=operations.get) == "dense"
 
     def dense_hessian(self) -> Tensor | None:
@@ -660,6 +664,6 @@ def _definite_factorization(
 ) -> HessianFactorization | None:
     """H + shift·I, factored; None where it is not positive definite, or singular to rounding. H: if it was formed."""
     try:
-        return _factorize(layers, shift, "hessian", "auto" if H is None else "dense", definite_only=True, H=H)
+        return _factorize(layers, shift, "hessian", "auto" if H is None else "dense", definite_only=True, formed=H)
     except (_Indefinite, SingularHessianError):
         return None

@@ -40,12 +40,12 @@ from hessian import (
     LayerDerivatives,
     SingularHessianError,
     _checked_derivatives,
-    _count_operations,
     _dense_hessian,
     _factorize_definite,
     _product,
 )
 from hessian_checks import checked_nonnegative, checked_radius, checked_rtol, checked_vector
+from hessian_costs import count_operations, shapes_of_layers
 from hessian_linear_algebra import UNIT_ROUNDOFF
 
 __all__ = ["TrustRegionStep", "trust_region_step"]
@@ -245,7 +245,7 @@ def _trust_region(
 ) -> TrustRegionStep:
     """`trust_region_step` for layers (P parameters) and a finite g (P,) in float64, unchecked."""
     if route == "auto":
-        operations, _ = _count_operations(layers)
+        operations = count_operations(shapes_of_layers(layers), len(layers[0].inputs))
         route = min(operations, key=operations.get)
     H = _dense_hessian(layers, len(g)) if route == "dense" else None
 

@@ -1,0 +1,268 @@
+"""What a factorization costs, by route: operations and bytes, counted from shapes alone, before the work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from hessian import DeepMLPWithTracking, LayerDerivatives
+
+_DENSE_CHUNK = 2**28  # bytes: temporaries of the dense Hessian are formed in chunks of this
+_CLASS_CHUNK = 2**28  # bytes: the couplings of many classes are formed in chunks of this
+
+
+class LayerShape(NamedTuple):
+    """a × a′ weights (a × d with the bias), skip or not; `zero_sum`: the last layer's Λ has 1 in its null space."""
+
+    a: int
+    width: int
+    d: int
+    skip: bool
+    zero_sum: bool
+
+
+class RouteCost(NamedTuple):
+    """Of one factorization; float64 unless it is mixed."""
+
+    operations: float  # floating-point additions and multiplications to factor
+    solve_operations: float  # of one direct solve, a column
+    bytes: float  # at its peak: what is kept, and temporaries
+
+    def __str__(self) -> str:
+        return f"{self.operations:.2g} operations, {self.bytes / 1e9:.2g} GB"
+
+
+def shapes_of_model(model: DeepMLPWithTracking) -> list[LayerShape]:
+    zero_sum = model.loss == "cross_entropy"
+    return [
+        LayerShape(*linear.weight.shape, linear.in_features + (linear.bias is not None), bool(skip), zero_sum)
+        for linear, skip in zip(model.layers, model.skips, strict=True)
+    ]
+
+
+def shapes_of_layers(layers: Sequence[LayerDerivatives]) -> list[LayerShape]:
+    zero_sum = layers[-1].output.zero_sum
+    return [LayerShape(*x.weight.shape, x.inputs.shape[1], bool(x.skip), zero_sum) for x in layers]
+
+
+class LayerOperations(NamedTuple):
+    pivot: float  # to form and factor it
+    eliminate: float  # to subtract it from the cost-to-go, and form that
+
+
+def layer_operations(shapes: Sequence[LayerShape], index: int, N: int, many_classes: bool = False) -> LayerOperations:
+    """Floating-point operations of the sweep in one layer; nothing carried."""
+    (a, width, d, skip, _), first, last = shapes[index], index == 0, index == len(shapes) - 1
+    r = min(N, d)
+    m, n, below = a * r, N * a, 0 if first else N * width
+    update = m * below**2  # BᵀG⁻¹B, one half of it
+    if many_classes and last:
+        return LayerOperations(10 * a * (r**3 + N**3), 2 * m * r * below + update)
+    eliminate = m * m * below + update  # F⁻¹B
+    if last:
+        return LayerOperations(2 * r * r * N * a * a + m**3 / 3, eliminate + 2 * N * a * width * width * (not first))
+    couple = 2 * width * n * n + 2 * a * width * N * below + 2 * N * m * below  # K A, Aᵀ K A, Jᵀ K A
+    couple += 2 * n * N * a * width if skip else 0  # Aᵀφ′P
+    return LayerOperations(2 * r * n * n + 2 * r * m * n + m**3 / 3, 0 if first else couple + eliminate)
+
+
+def prefers_many_classes(shapes: Sequence[LayerShape], N: int) -> bool:
+    """Whether the last pivot is cheaper in its many-class form: where its dense form would dominate the sweep."""
+    rest = sum(sum(layer_operations(shapes, index, N)) for index in range(len(shapes) - 1))
+    dense, many = (sum(layer_operations(shapes, len(shapes) - 1, N, form)) for form in (False, True))
+    return dense > rest + many
+
+
+def num_parameters(shapes: Sequence[LayerShape]) -> int:
+    return sum(x.a * x.d for x in shapes)
+
+
+def product_operations(shapes: Sequence[LayerShape], N: int) -> float:
+    """Of one product H v."""
+    return sum(N * x.a * (4 * x.d + (8 * x.width if index else 0)) for index, x in enumerate(shapes))
+
+
+def num_scaled_outputs(shapes: Sequence[LayerShape]) -> int:
+    """K, the columns of Λ's square root."""
+    return shapes[-1].a - shapes[-1].zero_sum
+
+
+def count_operations(shapes: Sequence[LayerShape], N: int, gauss_newton: bool = False) -> dict[str, float]:
+    """Floating-point operations of each route's factorization, to leading order."""
+    many, P = prefers_many_classes(shapes, N), num_parameters(shapes)
+    operations = {
+        "sweep": sum(sum(layer_operations(shapes, index, N, many)) for index in range(len(shapes))),
+        "dense": P * product_operations(shapes, N) + P**3 / 3,
+    }
+    if gauss_newton:
+        n = N * num_scaled_outputs(shapes)
+        jacobian = sum(2 * n * x.a * x.width for x in shapes[1:])
+        operations["gram"] = 2 * n * n * sum(x.a + 1 for x in shapes) + jacobian + n**3 / 3
+    return operations
+
+
+def _solve_operations(shapes: Sequence[LayerShape], N: int, route: str) -> float:
+    if route == "dense":
+        return 2 * num_parameters(shapes) ** 2
+    if route == "gram":
+        return 2 * (N * num_scaled_outputs(shapes)) ** 2 + product_operations(shapes, N)
+    pairs = [(x.a * min(N, x.d), N * x.width if index else 0) for index, x in enumerate(shapes)]
+    return sum(2 * m * m + 4 * m * below for m, below in pairs)
+
+
+def _sweep_numbers(shapes: Sequence[LayerShape], N: int, keep: str, checkpoint: bool) -> float:
+    """Numbers at the peak of a sweep, or of its solve where that recomputes."""
+    last, many = len(shapes) - 1, prefers_many_classes(shapes, N)
+
+    def kept(index: int) -> float:
+        x = shapes[index]
+        r, m = min(N, x.d), x.a * min(N, x.d)
+        if many and index == last:
+            return x.a * (r * r + r) + N * N
+        return m * m + (m * N * x.width if index else 0)
+
+    def work(index: int) -> float:
+        """Temporaries beyond what is kept, at their most in one layer, with the cost-to-go above or below it."""
+        x = shapes[index]
+        r, n, below = min(N, x.d), N * x.a, N * x.width if index else 0
+        m = x.a * r
+        if many and index == last:
+            chunk = min(x.a * r * below, _CLASS_CHUNK / 8)
+            return max(3 * x.a * N * N + 2 * x.a * r * r, below**2 + 3 * chunk + N * x.a * x.width)
+        if index == last:
+            form = N * x.a * (x.a + x.width) + N * r * r + m * m
+            return max(form, below**2 + m * below)
+        form = n * n + max(m * n, n * below + below**2)
+        if x.skip and index:
+            form = 2 * n * n + max(m * n, n * below + 2 * below**2)
+        # LDLᵀ's rows in another order: F⁻¹B beside B; its last rows and the symmetric update in place
+        return max(form, below**2 + m * below)
+
+    layers = range(len(shapes))
+    if keep == "inertia":
+        return max(kept(index) + work(index) for index in layers)
+    if not checkpoint:
+        suffix, peak = 0.0, 0.0
+        for index in reversed(layers):
+            suffix += kept(index)
+            peak = max(peak, suffix + work(index))
+        return peak
+    length = int((len(shapes) - 1) ** 0.5) + 1
+    tops = list(reversed(layers))[::length]
+    boundaries = sum((N * shapes[top].a) ** 2 for top in tops if top != last)
+    segments = [range(max(top - length + 1, 0), top + 1) for top in tops]
+    return boundaries + max(
+        max(sum(kept(j) for j in segment if j >= i) + work(i) for i in segment) for segment in segments
+    )
+
+
+def route_costs(
+    shapes: Sequence[LayerShape],
+    N: int,
+    *,
+    curvature: str = "hessian",
+    precision: str = "float64",
+    keep: str = "solve",
+    checkpoint_layers: bool = False,
+) -> dict[str, RouteCost]:
+    P, operations = num_parameters(shapes), count_operations(shapes, N, curvature == "gauss_newton")
+    derivatives = sum(x.a * x.width + N * x.d + 3 * N * x.a + min(N, x.d) * (N + x.d) for x in shapes)
+    bytes_ = {
+        "sweep": 8 * derivatives
+        + (4 if precision == "mixed" else 8) * _sweep_numbers(shapes, N, keep, checkpoint_layers)
+        + (4 * derivatives if precision == "mixed" else 0),
+        "dense": 8 * (derivatives + 2 * P * P) + min(_DENSE_CHUNK, 8 * P * P),
+    }
+    if "gram" in operations:
+        n = N * num_scaled_outputs(shapes)
+        bytes_["gram"] = 8 * (derivatives + 3 * n * n + 2 * n * sum(x.a for x in shapes))
+    return {
+        route: RouteCost(operations[route], _solve_operations(shapes, N, route), bytes_[route]) for route in operations
+    }
+
+
+def estimate_cost(
+    model: DeepMLPWithTracking,
+    batch_size: int,
+    *,
+    curvature: str = "hessian",
+    precision: str = "float64",
+    keep: str = "solve",
+    checkpoint_layers: bool = False,
+) -> dict[str, RouteCost]:
+    """Operations and bytes of `factorize_hessian` by each route that `curvature` has, from shapes alone.
+
+    Arguments as there. {'sweep': …, 'dense': …, and for 'gauss_newton' 'gram': …}, each a `RouteCost`. Counted to
+    leading order, within 10 % of what is done and allocated where n = N × width is 100 or more; below, overheads
+    rule. Not counted: pivots that are carried (damping far below 1e-3), the model itself, and its autograd graph.
+    """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer ≥ 1, got {batch_size!r}")
+    return route_costs(
+        shapes_of_model(model),
+        batch_size,
+        curvature=curvature,
+        precision=precision,
+        keep=keep,
+        checkpoint_layers=checkpoint_layers,
+    )
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that can still be had on the device; infinite where it isn't known."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if not os.path.exists("/proc/meminfo"):
+        return float("inf")
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":") for line in file)
+    return 1024 * float(fields["MemAvailable"].split()[0])
+
+
+def check_memory(
+    shapes: Sequence[LayerShape],
+    N: int,
+    route: str,
+    device: torch.device,
+    *,
+    curvature: str,
+    precision: str,
+    keep: str,
+    checkpoint_layers: bool,
+) -> None:
+    """MemoryError where `route` won't fit, naming the changes that make it fit."""
+    settings = dict(curvature=curvature, precision=precision, keep=keep, checkpoint_layers=checkpoint_layers)
+    needed, free = route_costs(shapes, N, **settings)[route].bytes, free_bytes(device)
+    if needed <= free:
+        return
+
+    def fits(route: str, N: int, **changed) -> bool:
+        return route_costs(shapes, N, **{**settings, **changed})[route].bytes <= free
+
+    remedies = [
+        f"route={other!r}"
+        for other in count_operations(shapes, N, curvature == "gauss_newton")
+        if other != route and fits(other, N)
+    ]
+    if route == "sweep":
+        changes = (
+            ("checkpoint_layers=True", {"checkpoint_layers": True}),
+            ("precision='mixed'", {"precision": "mixed"}),
+            ("keep='inertia' (counts only, no solves)", {"keep": "inertia"}),
+        )
+        remedies += [name for name, change in changes if fits(route, N, **change)]
+    smaller = N
+    while smaller > 1 and not fits(route, smaller):
+        smaller //= 2
+    if fits(route, smaller):
+        remedies.append(f"a batch of {smaller} samples")
+    raise MemoryError(
+        f"the factorization by route={route!r} at {N} samples needs {needed / 1e9:.3g} GB, and {device} has "
+        f"{free / 1e9:.3g} GB free. "
+        + (f"What fits: {'; '.join(remedies)}" if remedies else "Narrower layers, or another device, would do")
+    )
