@@ -138,7 +138,7 @@ Damping = float | tuple[float, ...]
 _CHUNK_BYTES = 2**28  # temporaries of the dense Hessian are formed in chunks of this
 _REFINED_NUMBERS = 2**23  # right-hand sides are refined together up to this many numbers
 _PROBE_RTOL = 1e-10  # of the trial solve that decides whether a float32 factor will do
-_GROWTH = 1e3  # a pivot that would add more than so many times the cost-to-go's largest entry to it is carried
+_GROWTH = 1e4  # a pivot that would add more than so many times the cost-to-go's natural size to it is carried
 _DENSE_TRIAL = 3000  # a failed solve tries the dense route for its error message up to this many parameters
 
 
@@ -506,6 +506,42 @@ class _Reduced(NamedTuple):
     rows: Tensor  # (N, r) R
 
 
+class _Formed(NamedTuple):
+    """What a sweep needs of the layers that no damping changes."""
+
+    reduced: list[_Reduced]
+    scales: list[float]  # the natural size of the cost-to-go below each layer, see `_natural_scales`
+
+
+def _form(layers: Sequence[LayerDerivatives]) -> _Formed:
+    reduced = _reduced_inputs(layers)
+    return _Formed(reduced, _natural_scales(layers, reduced))
+
+
+def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[_Reduced]) -> list[float]:
+    """The largest entry of the Hessian of the loss in t_{ℓ-1}, that is of the cost-to-go with nothing eliminated; or
+    that of the coupling λ as a curvature, if that is larger.
+
+    With nothing eliminated samples don't mix: P (N, a, a), one pass down of O(N a³) a layer.
+    """
+    scales, P = [], None
+    for layer, (_, R) in zip(reversed(layers), reversed(reduced), strict=True):
+        W = layer.weight
+        if layer.output is not None:
+            below = W.mT @ _output_times_weight(layer)
+        else:
+            slope_P = layer.slope[:, :, None] * P
+            K = slope_P * layer.slope[:, None, :]
+            K.diagonal(dim1=1, dim2=2).add_(layer.curvature)
+            below = W.mT @ (K @ W)
+            if layer.skip:
+                cross = W.mT @ slope_P
+                below = below + layer.skip * (cross + cross.mT) + layer.skip**2 * P
+        scales.append(torch.maximum(largest_entry(below), largest_entry(layer.adjoint) / largest_entry(R)))
+        P = below
+    return torch.stack(scales[::-1]).tolist()
+
+
 def _reduced_inputs(layers: Sequence[LayerDerivatives]) -> list[_Reduced]:
     """Of every layer; one batched QR for neighbours of one shape."""
     reduced = []
@@ -589,7 +625,7 @@ class _Count(NamedTuple):
 def _eliminate_layer(
     layers: Sequence[LayerDerivatives],
     index: int,
-    reduced: _Reduced,
+    formed: _Formed,
     epsilon: float,
     above: _CostToGo | None,
     many_classes: bool,
@@ -599,7 +635,8 @@ def _eliminate_layer(
 
     The matrix of `above` is overwritten. definite_only: _Indefinite where a pivot is not positive definite.
     """
-    layer, definite = layers[index], above is None or above.definite
+    layer, reduced = layers[index], formed.reduced[index]
+    definite = above is None or above.definite
     (a, width), (N, r) = layer.weight.shape, reduced.rows.shape
     perpendicular = a * (layer.inputs.shape[1] - r)  # dimensions of X⊥
     if perpendicular and epsilon == 0:
@@ -625,7 +662,7 @@ def _eliminate_layer(
         definite = definite and factor.interchanges is None
         if index:
             W = factor.whiten(B)
-            carried, coupling, values = _carry(layer, reduced, epsilon, factor, W, float(largest_entry(P)))
+            carried, coupling, values = _carry(layer, reduced, epsilon, factor, W, formed.scales[index])
             if carried is not None:
                 num_rows = len(carried.rows)
                 negative -= int((values[:num_rows] < 0).sum())
@@ -661,12 +698,13 @@ def _carry(
 ) -> tuple[_Carried | None, Tensor | None, Tensor | None]:
     """Which pivots to leave to the layer below, their coupling to t_{ℓ-1} (k, n′) and their values (k,).
 
-    A pivot whose elimination would add to the cost-to-go more than _GROWTH times its largest entry, `scale`. Rows of W
-    that are carried are set to zero.
+    A pivot whose elimination would add to the cost-to-go more than _GROWTH times its natural size, `scale`. Rows of W
+    that are carried are set to zero. ω is scaled so that all couplings to t are of the size of Y's.
     """
     bound = _GROWTH * scale
     width = layer.weight.shape[1]
-    rows = (torch.linalg.vector_norm(W, dim=1) ** 2 > bound).nonzero()[:, 0]
+    length = torch.linalg.vector_norm(W, dim=1)
+    rows = (length > math.sqrt(bound)).nonzero()[:, 0]
     left = outside = None
     if reduced.basis is not None and float((layer.adjoint**2).sum()) > bound * abs(epsilon):
         _, s, V = torch.linalg.svd(layer.adjoint, full_matrices=False)
@@ -676,7 +714,7 @@ def _carry(
             left = None
     if len(rows) == 0 and left is None:
         return None, None, None
-    root = torch.from_numpy(factor.root).to(W.device)[rows, None]
+    root = scale * torch.linalg.vector_norm(reduced.rows) / length[rows, None]
     coupling = root * W[rows]
     values = torch.where(rows < factor.num_positive, 1.0, -1.0).to(W.dtype) * root[:, 0] ** 2
     W[rows] = 0.0
@@ -793,7 +831,7 @@ class _Sweep:
         self,
         layers: Sequence[LayerDerivatives],
         epsilons: Sequence[float],
-        formed: Sequence[_Reduced] | None,
+        formed: _Formed | None,
         many_classes: bool,
         *,
         definite_only: bool = False,
@@ -802,7 +840,7 @@ class _Sweep:
     ):
         self.layers, self._epsilons, self.formed, self._many_classes = layers, epsilons, formed, many_classes
         if formed is None:
-            self.formed = _reduced_inputs(layers)
+            self.formed = _form(layers)
         self._length = math.isqrt(len(layers) - 1) + 1 if checkpoint else len(layers)  # of a segment
         self._segments: dict[int, _CostToGo | None] = {}  # highest layer of each: the cost-to-go above it
         self._pivots: list[_Pivot] | None = [] if solvable and not checkpoint else None  # last layer first
@@ -820,7 +858,7 @@ class _Sweep:
         return _eliminate_layer(
             self.layers,
             index,
-            self.formed[index],
+            self.formed,
             self._epsilons[index],
             above,
             self._many_classes,
