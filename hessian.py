@@ -775,8 +775,7 @@ def _form_pivot(
         else:
             K = P.mul_(slope[:, None]).mul_(slope)
         K.diagonal().add_(layer.curvature.flatten())
-        JK = R.mT @ K.view(N, a * n)  # (r, a n)
-        G = (R.mT @ JK.view(r * a, N, a)).view(r * a, r * a)
+        G = (R.mT @ (R.mT @ K.view(N, a * n)).view(r * a, N, a)).view(r * a, r * a)
         G.diagonal().add_(epsilon)
         B = None
         if not first:
@@ -851,6 +850,7 @@ class _Sweep:
             pivot, count, above = self._eliminate(index, above, definite_only)
             if self._pivots is not None:
                 self._pivots.append(pivot)
+            del pivot  # or it would live on while the next one is made
             negative, logabsdet = negative + count.negative, logabsdet + count.logabsdet
         self.num_negative, self.logabsdet = negative, logabsdet
 
@@ -890,6 +890,7 @@ class _Sweep:
         for index in range(top, max(top - self._length, -1), -1):
             pivot, _, above = self._eliminate(index, above)
             yield pivot
+            del pivot
 
 
 def _copied(above: _CostToGo | None) -> _CostToGo | None:
@@ -1038,7 +1039,7 @@ class HessianFactorization:
             precision=self.precision if precision is None else precision,
             keep=self.keep,
             checkpoint_layers=self.checkpoint_layers and route == "sweep",
-            formed=self._formed if route == self.route else None,
+            formed=self._formed if route == self.route and precision in (None, self.precision) else None,
         )
 
     def solve(self, v: Tensor, *, rtol: float | None = 1e-8) -> Tensor:
@@ -1063,13 +1064,14 @@ class HessianFactorization:
         growth = float(column_norms(unit_columns(x[:, column, None])[0]) / column_norms(unit_columns(failed)[0]))
         growth *= float(x[:, column].abs().max() / failed.abs().max())
         reach = UNIT_ROUNDOFF * spectral_norm(self._product, columns) * growth
+        mixed = ", precision='mixed'" if self.precision == "mixed" else ""
         tries = [(self.damping, "dense", "float64")] if self._may_try_dense() else []
         if self.precision == "mixed":
             tries = [(self.damping, self.route, "float64"), *tries]
         tries += self._larger(10.0, 1000.0)
         raise SingularHessianError(
             f"(H + damping·I)x = v was solved to a relative residual of {worst:.1e}, not to rtol={rtol:g}, at "
-            f"{self._dampings()}, precision={self.precision!r}; float64 can't be expected below {reach:.0e}. "
+            f"{self._dampings()}{mixed}; float64 can't be expected below {reach:.0e}. "
             + self._advice(float(worst), failed, rtol, tries),
             damping=self.damping,
             residual=float(worst),

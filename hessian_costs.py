@@ -98,11 +98,13 @@ def count_operations(shapes: Sequence[LayerShape], N: int, gauss_newton: bool = 
         "sweep": sum(sum(layer_operations(shapes, index, N, many)) for index in range(len(shapes))),
         "dense": P * product_operations(shapes, N) + P**3 / 3,
     }
+    derivatives = 4 * N * P
     if gauss_newton:
         n = N * num_scaled_outputs(shapes)
         jacobian = sum(2 * n * x.a * x.width for x in shapes[1:])
-        operations["gram"] = 2 * n * n * sum(x.a + 1 for x in shapes) + jacobian + n**3 / 3
-    return operations
+        operations["gram"] = 2 * n * n * sum(x.a for x in shapes) + jacobian + n**3 / 3
+        operations["gram"] += 2 * N * N * sum(x.d for x in shapes)  # z̃z̃ᵀ
+    return {route: count + derivatives for route, count in operations.items()}
 
 
 def _solve_operations(shapes: Sequence[LayerShape], N: int, route: str) -> float:
@@ -139,8 +141,8 @@ def _sweep_numbers(shapes: Sequence[LayerShape], N: int, keep: str, checkpoint: 
         form = n * n + max(m * n, n * below + below**2)
         if x.skip and index:
             form = 2 * n * n + max(m * n, n * below + 2 * below**2)
-        # LDLᵀ's rows in another order: F⁻¹B beside B; its last rows and the symmetric update in place
-        return max(form, below**2 + m * below)
+        # F⁻¹B beside B, while the cost-to-go above is still held
+        return max(form, n * n + below**2 + m * below)
 
     layers = range(len(shapes))
     if keep == "inertia":
@@ -155,8 +157,12 @@ def _sweep_numbers(shapes: Sequence[LayerShape], N: int, keep: str, checkpoint: 
     tops = list(reversed(layers))[::length]
     boundaries = sum((N * shapes[top].a) ** 2 for top in tops if top != last)
     segments = [range(max(top - length + 1, 0), top + 1) for top in tops]
-    return boundaries + max(
-        max(sum(kept(j) for j in segment if j >= i) + work(i) for i in segment) for segment in segments
+    # a segment is recomputed from a copy, while the sweep still holds the last pivot of the one before
+    held = max(kept(index) + (N * shapes[index].a) ** 2 for index in layers)
+    return (
+        boundaries
+        + held
+        + max(max(sum(kept(j) for j in segment if j >= i) + work(i) for i in segment) for segment in segments)
     )
 
 
@@ -175,11 +181,11 @@ def route_costs(
         "sweep": 8 * derivatives
         + (4 if precision == "mixed" else 8) * _sweep_numbers(shapes, N, keep, checkpoint_layers)
         + (4 * derivatives if precision == "mixed" else 0),
-        "dense": 8 * (derivatives + 2 * P * P) + min(_DENSE_CHUNK, 8 * P * P),
+        "dense": 8 * derivatives + 16 * P * P,
     }
     if "gram" in operations:
         n = N * num_scaled_outputs(shapes)
-        bytes_["gram"] = 8 * (derivatives + 3 * n * n + 2 * n * sum(x.a for x in shapes))
+        bytes_["gram"] = 8 * (derivatives + 2 * n * n + 2 * n * sum(x.a for x in shapes))
     return {
         route: RouteCost(operations[route], _solve_operations(shapes, N, route), bytes_[route]) for route in operations
     }

@@ -319,7 +319,7 @@ class GramFactor:
         self._root = scaled_output(layers[-1]).root  # (N, C, K)
         scale = max(map(abs, epsilons))
         plain = len(set(epsilons)) == 1  # then J Jᵀ serves for any damping
-        M = formed
+        M = formed if plain else None
         if M is None:
             weights = [1.0] * len(layers) if plain else [scale / epsilon for epsilon in epsilons]
             jacobians = output_jacobians(layers, self._root)
@@ -328,7 +328,7 @@ class GramFactor:
                 for E, x, weight in zip(jacobians, layers, weights, strict=True)
             )
             M = _gram_matrix(factors, (self._root.shape[2], len(self._root)))
-        self.formed = M if plain else None
+        self.formed = M if plain else formed
         shifted = M / (epsilons[0] if plain else scale)
         shifted.diagonal().add_(1)
         factor = factor_symmetric(shifted)

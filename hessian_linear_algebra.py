@@ -14,6 +14,7 @@ from torch import Tensor
 UNIT_ROUNDOFF = 2.0**-53
 UPDATE_BLOCK = 512  # without LAPACK, symmetric updates are done by rows of blocks of this size, the lower half only
 _MIRROR_BLOCK = 128
+_ROTATED_COLUMNS = 256
 NULL = 1e-12  # relative to ‖A‖: what `minimum_norm` takes for the null space
 _MAX_REFINEMENTS = 40
 _PATIENCE = 5  # refinement above rtol goes on while the residual halves in this many steps
@@ -35,10 +36,9 @@ class SymmetricFactor(NamedTuple):
         if self.interchanges is None:
             return solve_triangular(self.lower, b)
         order, pairs, cosine, sine, sort, scale = self.interchanges
-        b = solve_triangular(self.lower, b[order], unit=True)
-        if len(pairs):
-            _rotate(b, pairs, cosine, -sine)
-        return b[sort].div_(scale)
+        solved = solve_triangular(self.lower, b[order], unit=True)
+        _rotate(solved, pairs, cosine, -sine)
+        return torch.index_select(solved, 0, sort, out=b).div_(scale)
 
     def unwhiten(self, b: Tensor) -> Tensor:
         """F⁻ᵀ b for b (m, k), which may be overwritten."""
@@ -46,8 +46,7 @@ class SymmetricFactor(NamedTuple):
             return solve_triangular(self.lower, b, transpose=True)
         order, pairs, cosine, sine, sort, scale = self.interchanges
         b = torch.empty_like(b).index_copy_(0, sort, b / scale)
-        if len(pairs):
-            _rotate(b, pairs, cosine, sine)
+        _rotate(b, pairs, cosine, sine)
         solved = solve_triangular(self.lower, b, transpose=True, unit=True)
         return torch.empty_like(solved).index_copy_(0, order, solved)
 
@@ -73,9 +72,12 @@ class _Interchanges(NamedTuple):
 
 
 def _rotate(b: Tensor, pairs: Tensor, cosine: Tensor, sine: Tensor) -> None:
-    first, second = b[pairs], b[pairs + 1]
-    b[pairs] = torch.addcmul(cosine * first, sine, second)
-    b[pairs + 1] = torch.addcmul(cosine * second, sine, first, value=-1)
+    if len(pairs) == 0:
+        return
+    for columns in b.split(_ROTATED_COLUMNS, 1):  # a few at a time, for the memory
+        first, second = columns[pairs], columns[pairs + 1]
+        columns[pairs] = torch.addcmul(cosine * first, sine, second)
+        columns[pairs + 1] = torch.addcmul(cosine * second, sine, first, value=-1)
 
 
 def factor_symmetric(G: Tensor, definite_only: bool = False, definite_first: bool = True) -> SymmetricFactor | None:
@@ -119,6 +121,10 @@ def factor_symmetric(G: Tensor, definite_only: bool = False, definite_first: boo
 # these don't. A row-major matrix is to LAPACK its transpose: what is the lower triangle here is the upper one there.
 
 
+def _by_lapack(x: Tensor) -> bool:
+    return x.is_cpu
+
+
 def _lapack(name: str, like: Tensor) -> Callable:
     prefix = {torch.float64: "d", torch.float32: "s"}[like.dtype]
     return getattr(lapack if hasattr(lapack, prefix + name) else blas, prefix + name)
@@ -127,7 +133,7 @@ def _lapack(name: str, like: Tensor) -> Callable:
 def cholesky(G: Tensor) -> Tensor | None:
     """L, lower triangular, G = L Lᵀ; None where there is none. The lower triangle and the diagonal are overwritten on
     the CPU, G's strict upper triangle is not."""
-    if not G.is_cpu:
+    if not _by_lapack(G):
         lower, info = torch.linalg.cholesky_ex(G)
         return lower if int(info) == 0 else None
     _, info = _lapack("potrf", G)(G.numpy().T, lower=0, overwrite_a=1, clean=0)
@@ -137,7 +143,7 @@ def cholesky(G: Tensor) -> Tensor | None:
 def _ldl(G: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
     """L with Π G Πᵀ = L D Lᵀ (of which the strict lower triangle is to be read), the diagonal of D and what stands
     below it, the order Π, and the first rows of the 2 × 2 blocks. None where a pivot is zero."""
-    if G.is_cpu:
+    if _by_lapack(G):
         packed, pivots, info = _lapack("sytrf", G)(G.numpy().T, lower=1, lwork=64 * len(G), overwrite_a=1)
         if info != 0:
             return None
@@ -195,7 +201,7 @@ def _unpack_ldl(packed: Tensor, steps: list[_Step], pairs: np.ndarray) -> Tensor
 
 def solve_triangular(lower: Tensor, b: Tensor, transpose: bool = False, unit: bool = False) -> Tensor:
     """L⁻¹b, or L⁻ᵀb, for b (m, k), on the CPU in its place if b is contiguous. `unit`: L's diagonal is ones, unread."""
-    if not b.is_cpu:
+    if not _by_lapack(b):
         return torch.linalg.solve_triangular(lower.mT if transpose else lower, b, upper=transpose, unitriangular=unit)
     # LAPACK's view of L: itself in column-major order, or an upper triangle
     L, flipped = (lower.numpy().T, True) if lower.is_contiguous() else (lower.numpy(), False)
@@ -216,7 +222,7 @@ def subtract_gram(P: Tensor, W: Tensor, num_positive: int) -> None:
     for rows, sign in ((W[:num_positive], -1.0), (W[num_positive:], 1.0)):
         if len(rows) == 0:
             continue
-        if P.is_cpu:
+        if _by_lapack(P):
             _lapack("syrk", P)(sign, rows.numpy().T, beta=1.0, c=P.numpy().T, lower=0, overwrite_c=1)
             continue
         for start in range(0, len(P), UPDATE_BLOCK):
