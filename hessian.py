@@ -931,7 +931,8 @@ def _sweep_solve(sweep: _Sweep, v: Tensor) -> Tensor:
         solved = pivot.solver.forward(
             state, None if t is None else t.flatten(1).mT, carried, None if carried is None else w[:, :num_rows].mT
         ).mT  # (k, r a and what was carried into this layer)
-        x = _from_basis(solved[:, : rows.shape[1] * a].unflatten(1, (-1, a)).mT, basis)
+        Y = solved[:, : rows.shape[1] * a].unflatten(1, (-1, a))  # (k, r, a), transposed
+        x = _from_basis(Y.mT, basis)
         if basis is not None:  # X⊥ = (V − λᵀ[t, 0])(I − QQᵀ)/ε, but for what was carried
             free = block.clone()
             if t is not None:
@@ -942,7 +943,7 @@ def _sweep_solve(sweep: _Sweep, v: Tensor) -> Tensor:
             x = x + free
         w = solved[:, rows.shape[1] * a :]
         X.append(x)
-        s = layer.inputs @ x.mT if t is None else layer.inputs @ x.mT + t @ layer.weight.mT
+        s = rows @ Y if t is None else rows @ Y + t @ layer.weight.mT  # z̃ X⊥ᵀ = 0
         t = _with_skip(layer.skip, layer.slope * s, t)
     return _flatten(layers, X)
 

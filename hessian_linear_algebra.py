@@ -14,6 +14,7 @@ from torch import Tensor
 UNIT_ROUNDOFF = 2.0**-53
 UPDATE_BLOCK = 512  # without LAPACK, symmetric updates are done by rows of blocks of this size, the lower half only
 _MIRROR_BLOCK = 128
+_SMALL = 128  # matrices for which calls cost more than operations
 _ROTATED_COLUMNS = 256
 NULL = 1e-12  # relative to ‖A‖: what `minimum_norm` takes for the null space
 _MAX_REFINEMENTS = 40
@@ -125,9 +126,15 @@ def _by_lapack(x: Tensor) -> bool:
     return x.is_cpu
 
 
+_KERNELS = {
+    dtype: {name: getattr(module, prefix + name) for module, names in modules for name in names}
+    for dtype, prefix in ((torch.float64, "d"), (torch.float32, "s"))
+    for modules in [((lapack, ("potrf", "sytrf", "syconv")), (blas, ("trsm", "trsv", "syrk")))]
+}
+
+
 def _lapack(name: str, like: Tensor) -> Callable:
-    prefix = {torch.float64: "d", torch.float32: "s"}[like.dtype]
-    return getattr(lapack if hasattr(lapack, prefix + name) else blas, prefix + name)
+    return _KERNELS[like.dtype][name]
 
 
 def cholesky(G: Tensor) -> Tensor | None:
@@ -159,26 +166,21 @@ def _ldl(G: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray, np.ndar
     return _unpack_ldl(packed, steps, pairs), D, below, order, pairs
 
 
-class _Step(NamedTuple):
-    first: int  # column of the block
-    row: int  # interchanged with
-    other: int
-
-
-def _read_pivots(pivots: list[int]) -> tuple[list[_Step], np.ndarray, np.ndarray]:
-    """The steps of LAPACK's sytrf (lower), the order Π, and the first rows of the 2 × 2 blocks."""
+def _read_pivots(pivots: list[int]) -> tuple[list[tuple[int, int, int]], np.ndarray, np.ndarray]:
+    """Of LAPACK's sytrf (lower): its steps, each the first column of a block and the two rows interchanged; the order
+    Π; and the first rows of the 2 × 2 blocks."""
     steps, order, k = [], list(range(len(pivots))), 0
     while k < len(pivots):
         row = k if pivots[k] > 0 else k + 1
         other = abs(pivots[row]) - 1
-        steps.append(_Step(k, row, other))
+        steps.append((k, row, other))
         order[row], order[other] = order[other], order[row]
         k = row + 1
-    pairs = [step.first for step in steps if step.row > step.first]
+    pairs = [first for first, row, _ in steps if row > first]
     return steps, np.array(order, dtype=np.int64), np.array(pairs, dtype=np.int64)
 
 
-def _unpack_ldl(packed: Tensor, steps: list[_Step], pairs: np.ndarray) -> Tensor:
+def _unpack_ldl(packed: Tensor, steps: list[tuple[int, int, int]], pairs: np.ndarray) -> Tensor:
     """LAPACK's sytrf output (lower) → L: its syconv, which torch lacks.
 
     sytrf leaves L as a product of interchanges and elementary factors: an interchange made at step k was not applied
@@ -218,9 +220,13 @@ def solve_triangular(lower: Tensor, b: Tensor, transpose: bool = False, unit: bo
 
 
 def subtract_gram(P: Tensor, W: Tensor, num_positive: int) -> None:
-    """P ← P − W₊ᵀW₊ + W₋ᵀW₋ in the lower triangle of P, in place; W₊ (m, n) the first rows of W, W₋ the others."""
+    """P ← P − W₊ᵀW₊ + W₋ᵀW₋ in the lower triangle of P, in place; W₊ (m, n) the first rows of W, W₋ the others. Where P
+    is small, in all of it, which is faster there."""
     for rows, sign in ((W[:num_positive], -1.0), (W[num_positive:], 1.0)):
         if len(rows) == 0:
+            continue
+        if len(P) <= _SMALL:
+            P.addmm_(rows.mT, rows, alpha=sign)
             continue
         if _by_lapack(P):
             _lapack("syrk", P)(sign, rows.numpy().T, beta=1.0, c=P.numpy().T, lower=0, overwrite_c=1)
@@ -235,7 +241,9 @@ def largest_entry(P: Tensor) -> Tensor:
 
 
 def mirror(P: Tensor) -> None:
-    """Copy the lower triangle to the upper one."""
+    """Copy the lower triangle, as `subtract_gram` leaves it, to the upper one."""
+    if len(P) <= _SMALL:
+        return
     for start in range(0, len(P), _MIRROR_BLOCK):
         stop = min(start + _MIRROR_BLOCK, len(P))
         P[:start, start:stop] = P[start:stop, :start].mT

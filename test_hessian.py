@@ -538,6 +538,7 @@ def test_kernels(by_lapack, monkeypatch):
     monkeypatch.setattr(hessian_linear_algebra, "_by_lapack", lambda x: by_lapack)
     monkeypatch.setattr(hessian_linear_algebra, "UPDATE_BLOCK", 4)
     monkeypatch.setattr(hessian_linear_algebra, "_MIRROR_BLOCK", 4)
+    monkeypatch.setattr(hessian_linear_algebra, "_SMALL", 0)
     for case in (Case((6, 4, 7), 3), Case((5, 5, 4), 9, residual=True)):
         model, loss = tracked_loss(case)
         v = random_vector(num_parameters(model))
