@@ -36,6 +36,13 @@ Each G is factored as F Σ Fᵀ, Σ = ±1: by Cholesky where it is positive defi
 Bunch–Kaufman pivots; B enters as F⁻¹B alone (a congruence), and no pivot is ever changed. By Sylvester and
 Haynsworth the signs in all Σ are the inertia of H + εI, and its determinant is the product of theirs.
 
+Carried pivots. G is a Schur complement of layers ℓ … L alone: where it has an eigenvalue near 0 that couples strongly,
+eliminating it would swamp P with digits of no use, though H + εI is no worse. Such coordinates w of Y, and parts of X⊥,
+whose pivot is ε, are left to the layer below. P is then a quadratic in t and w, and the next pivot that of Y and w:
+
+    ½ [t; w]ᵀ [[P, bᵀ], [b, diag(d)]] [t; w]      [[εI + JᵀK J, JᵀK_tw], [·, diag(d)]]      K_tw = φ′bᵀ
+    coupling    [S + JᵀK A; K_wt A + σb]
+
 State damping. With μ > 0, x is also charged for the change of pre-activations it causes, averaged over the batch:
 (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ is added to H, S_ℓ x = s_ℓ. That is D ← D + μ/N in the hidden layers, and nothing else changes.
 The linearization of a deep net holds as long as all s are small, which a small x does not ensure. μ has the unit
@@ -53,8 +60,8 @@ you scale ε. An L2 term ½w‖θ‖² in the loss is damping + w.
 References: A. Rahimi, The Hessian of tall-skinny networks is easy to invert, arXiv 2601.06096 (2025), solves the
 same system without condensing the unit blocks; Pantoja (1988) and Dunn & Bertsekas (1989), Newton's step of a
 multistage problem in linear time; Tassa, Erez & Todorov (2012), state damping in control; Pearlmutter (1994),
-products with H; Bunch & Kaufman (1977), the pivoting; Eisenstat, Elman & Schultz (1983), GCR, the
-residual-minimizing iteration used to refine.
+products with H; Bunch & Kaufman (1977), the pivoting; Duff & Reid (1983), delayed pivots; Eisenstat, Elman & Schultz
+(1983), GCR, the residual-minimizing iteration used to refine.
 """
 
 from __future__ import annotations
@@ -92,6 +99,7 @@ from hessian_costs import (
     count_operations,
     estimate_cost,
     layer_operations,
+    natural_operations,
     num_parameters,
     prefers_many_classes,
     shapes_of_layers,
@@ -138,6 +146,7 @@ Damping = float | tuple[float, ...]
 _CHUNK_BYTES = 2**28  # temporaries of the dense Hessian are formed in chunks of this
 _REFINED_NUMBERS = 2**23  # right-hand sides are refined together up to this many numbers
 _PROBE_RTOL = 1e-10  # of the trial solve that decides whether a float32 factor will do
+_TINY = 1e-30  # keeps 0/0 out
 _GROWTH = 1e4  # a pivot that would add more than so many times the cost-to-go's natural size to it is carried
 _DENSE_TRIAL = 3000  # a failed solve tries the dense route for its error message up to this many parameters
 
@@ -481,11 +490,6 @@ def hessian_vector_product(
 # ---------------------------------------------------------------------------------------- one layer eliminated
 
 
-def _to_basis(V: Tensor, basis: Tensor | None) -> Tensor:
-    """V Q, (…, d) → (…, r); a basis of None is the identity, r = d."""
-    return V if basis is None else V @ basis
-
-
 def _from_basis(Y: Tensor, basis: Tensor | None) -> Tensor:
     """Y Qᵀ, (…, r) → (…, d)."""
     return Y if basis is None else Y @ basis.mT
@@ -519,8 +523,8 @@ def _form(layers: Sequence[LayerDerivatives]) -> _Formed:
 
 
 def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[_Reduced]) -> list[float]:
-    """The largest entry of the Hessian of the loss in t_{ℓ-1}, that is of the cost-to-go with nothing eliminated; or
-    that of the coupling λ as a curvature, if that is larger.
+    """The largest entry of the Hessian of the loss in t_{ℓ-1}, that is of the cost-to-go with nothing eliminated, and
+    with the couplings λ of this layer and those above counted in as curvatures.
 
     With nothing eliminated samples don't mix: P (N, a, a), one pass down of O(N a³) a layer.
     """
@@ -537,7 +541,8 @@ def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[_Reduc
             if layer.skip:
                 cross = W.mT @ slope_P
                 below = below + layer.skip * (cross + cross.mT) + layer.skip**2 * P
-        scales.append(torch.maximum(largest_entry(below), largest_entry(layer.adjoint) / largest_entry(R)))
+        below.diagonal(dim1=1, dim2=2).add_(largest_entry(layer.adjoint) / largest_entry(R).clamp_min(_TINY))
+        scales.append(largest_entry(below))
         P = below
     return torch.stack(scales[::-1]).tolist()
 
@@ -701,6 +706,8 @@ def _carry(
     A pivot whose elimination would add to the cost-to-go more than _GROWTH times its natural size, `scale`. Rows of W
     that are carried are set to zero. ω is scaled so that all couplings to t are of the size of Y's.
     """
+    if not 0 < scale < math.inf:  # nothing couples, or overflow, which is found elsewhere
+        return None, None, None
     bound = _GROWTH * scale
     width = layer.weight.shape[1]
     length = torch.linalg.vector_norm(W, dim=1)
@@ -897,47 +904,69 @@ def _copied(above: _CostToGo | None) -> _CostToGo | None:
     return None if above is None else above._replace(P=above.P.clone())
 
 
+def _split(sweep: _Sweep, V: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Of each layer V Q (k, a, r), and V − V Q Qᵀ (k, a, d), None where zero; neighbours of one shape at once."""
+    inside, outside = [], []
+    shapes = [(block.shape, reduced.rows.shape) for block, reduced in zip(V, sweep.formed.reduced, strict=True)]
+    for _, members in groupby(range(len(V)), key=shapes.__getitem__):
+        members = list(members)
+        if sweep.formed.reduced[members[0]].basis is None:
+            inside += [V[i] for i in members]
+            outside += [None] * len(members)
+            continue
+        blocks = torch.stack([V[i] for i in members])  # (g, k, a, d)
+        bases = torch.stack([sweep.formed.reduced[i].basis for i in members])[:, None]  # (g, 1, d, r)
+        within = blocks @ bases
+        inside += within
+        outside += blocks.sub_(within @ bases.mT)
+    return inside, outside
+
+
 def _sweep_solve(sweep: _Sweep, v: Tensor) -> Tensor:
     """One backward and one forward sweep for v (P, k): the direct solution of (H + εI) x = v."""
     layers = sweep.layers
     V, states = _blocks(layers, v), []
+    inside, outside = _split(sweep, V)
     p = p_carried = None  # derivative of the cost-to-go at 0, in t_ℓ: (k, N, a), and in w: (k, k_w)
-    for layer, pivot, block in zip(reversed(layers), sweep.downward(), reversed(V), strict=True):
-        (basis, rows), carried = pivot.reduced, pivot.carried
-        in_basis = _to_basis(block, basis)
-        q = -in_basis.mT  # (k, r, a)
+    for index, pivot in zip(range(len(layers) - 1, -1, -1), sweep.downward(), strict=True):
+        layer, carried, width = layers[index], pivot.carried, layers[index].weight.shape[1]
+        q = -inside[index].mT  # (k, r, a)
         if p is not None:
             slope_p = layer.slope * p
-            q = q + rows.mT @ slope_p
+            q = q + pivot.reduced.rows.mT @ slope_p
         q = q.flatten(1) if p_carried is None else torch.cat([q.flatten(1), p_carried], 1)
         state, back, left = pivot.solver.backward(q.mT, carried)
         states.append(state)
-        if layer is not layers[0]:
-            below = -back.mT.unflatten(1, (len(layer.inputs), -1))  # (k, N, a′)
-            if p is not None:
-                below = _with_skip(layer.skip, below + slope_p @ layer.weight, p)
-            if basis is not None:
-                outside = block - _from_basis(in_basis, basis)
-                if carried is not None and carried.left is not None:
-                    outside = outside - carried.left @ (carried.left.mT @ outside)
-                below = below + layer.adjoint @ outside[:, :, : layer.weight.shape[1]] / pivot.damping
-            p, p_carried = below, None if carried is None else left.mT
+        if index == 0:
+            break
+        below = -back.mT.unflatten(1, (len(layer.inputs), -1))  # (k, N, a′)
+        if p is not None:
+            below = _with_skip(layer.skip, below + slope_p @ layer.weight, p)
+        p_carried = None if carried is None else left.mT
+        if outside[index] is not None:
+            free = outside[index]
             if carried is not None and carried.left is not None:
-                p_carried = torch.cat([p_carried, carried.of_perpendicular(block)], 1)
+                free = free - carried.left @ (carried.left.mT @ free)
+                p_carried = torch.cat([p_carried, carried.of_perpendicular(V[index])], 1)
+            below = below + layer.adjoint @ free[:, :, :width] / pivot.damping
+        p = below
     X, t, w = [], None, None
-    for layer, pivot, block, state in zip(layers, sweep.upward(), V, reversed(states), strict=True):
-        (basis, rows), carried, a = pivot.reduced, pivot.carried, len(layer.weight)
-        num_rows = 0 if carried is None else len(carried.rows)
+    for index, (pivot, state) in enumerate(zip(sweep.upward(), reversed(states), strict=True)):
+        layer, (basis, rows), carried = layers[index], pivot.reduced, pivot.carried
+        a, num_rows = len(layer.weight), 0 if carried is None else len(carried.rows)
         solved = pivot.solver.forward(
             state, None if t is None else t.flatten(1).mT, carried, None if carried is None else w[:, :num_rows].mT
         ).mT  # (k, r a and what was carried into this layer)
         Y = solved[:, : rows.shape[1] * a].unflatten(1, (-1, a))  # (k, r, a), transposed
         x = _from_basis(Y.mT, basis)
         if basis is not None:  # X⊥ = (V − λᵀ[t, 0])(I − QQᵀ)/ε, but for what was carried
-            free = block.clone()
+            free = outside[index]
             if t is not None:
-                free[:, :, : layer.weight.shape[1]] -= layer.adjoint.mT @ t
-            free = (free - _from_basis(_to_basis(free, basis), basis)) / pivot.damping
+                width = layer.weight.shape[1]
+                coupled = layer.adjoint.mT @ t
+                free = free + (coupled @ basis[:width]) @ basis.mT
+                free[:, :, :width] -= coupled
+            free = free / pivot.damping
             if carried is not None and carried.left is not None:
                 free = free - carried.left @ (carried.left.mT @ free) + carried.perpendicular(w[:, num_rows:])
             x = x + free
@@ -1244,8 +1273,9 @@ def _factorize_definite(
         shapes, N = shapes_of_layers(layers), len(layers[0].inputs)
         many_classes = prefers_many_classes(shapes, N)
         operations = [layer_operations(shapes, index, N, many_classes) for index in range(len(shapes))]
+        always = natural_operations(shapes, N)
         done = operations[stop.index].pivot + sum(map(sum, operations[stop.index + 1 :]))
-        return None, done / sum(map(sum, operations))
+        return None, (always + done) / (always + sum(map(sum, operations)))
 
 
 @torch.no_grad()

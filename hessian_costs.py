@@ -70,6 +70,11 @@ def layer_operations(shapes: Sequence[LayerShape], index: int, N: int, many_clas
     return LayerOperations(2 * r * n * n + 2 * r * m * n + m**3 / 3, 0 if first else couple + eliminate)
 
 
+def natural_operations(shapes: Sequence[LayerShape], N: int) -> float:
+    """Of the natural sizes of all costs-to-go, before a sweep."""
+    return sum(2 * N * x.width * x.a * (x.a + x.width) for x in shapes)
+
+
 def prefers_many_classes(shapes: Sequence[LayerShape], N: int) -> bool:
     """Whether the last pivot is cheaper in its many-class form: where its dense form would dominate the sweep."""
     rest = sum(sum(layer_operations(shapes, index, N)) for index in range(len(shapes) - 1))
@@ -95,7 +100,8 @@ def count_operations(shapes: Sequence[LayerShape], N: int, gauss_newton: bool = 
     """Floating-point operations of each route's factorization, to leading order."""
     many, P = prefers_many_classes(shapes, N), num_parameters(shapes)
     operations = {
-        "sweep": sum(sum(layer_operations(shapes, index, N, many)) for index in range(len(shapes))),
+        "sweep": sum(sum(layer_operations(shapes, index, N, many)) for index in range(len(shapes)))
+        + natural_operations(shapes, N),
         "dense": P * product_operations(shapes, N) + P**3 / 3,
     }
     derivatives = 4 * N * P

@@ -82,8 +82,9 @@ def _rotate(b: Tensor, pairs: Tensor, cosine: Tensor, sine: Tensor) -> None:
 
 
 def factor_symmetric(G: Tensor, definite_only: bool = False, definite_first: bool = True) -> SymmetricFactor | None:
-    """Factor G (m, m), both triangles of which are read and overwritten; None where a pivot is exactly zero, or, where
-    `definite_only`, where G is not positive definite. definite_first: try Cholesky before LDLᵀ."""
+    """Factor G (m, m), both triangles of which are read, and overwritten if it is contiguous; None where a pivot is
+    exactly zero, or, where `definite_only`, where G is not positive definite. definite_first: try Cholesky first."""
+    G = G.contiguous()  # what LAPACK would copy otherwise, and not overwrite
     diagonal = G.diagonal().clone()
     if definite_first or definite_only:
         lower = cholesky(G)  # a Cholesky factor exists ⇔ G ≻ 0; asking costs a host synchronization
@@ -229,6 +230,7 @@ def subtract_gram(P: Tensor, W: Tensor, num_positive: int) -> None:
             P.addmm_(rows.mT, rows, alpha=sign)
             continue
         if _by_lapack(P):
+            assert P.is_contiguous()  # else LAPACK would update a copy
             _lapack("syrk", P)(sign, rows.numpy().T, beta=1.0, c=P.numpy().T, lower=0, overwrite_c=1)
             continue
         for start in range(0, len(P), UPDATE_BLOCK):
