@@ -48,7 +48,7 @@ from hessian_checks import checked_nonnegative
 from hessian_gram import DampedSystem, GramSystem, count_gram_operations
 from newton_trust_region import TrustRegionStep, _trust_region, trust_region_step
 
-__all__ = ["DampedNewton", "StepReport", "TrustRegionStep", "trust_region_step"]
+__all__ = ["DampedNewton", "StepCost", "StepReport", "TrustRegionStep", "trust_region_step"]
 
 
 class _Search(NamedTuple):
@@ -79,6 +79,9 @@ _SLOW_STEPS, _SLOW_DECREASE = 5, 0.02  # Gauss–Newton is slow: so many steps l
 _LITTLE_LEFT = 0.1  # and its undamped model promises less than this part of f
 _ROUNDING = 1e-13  # relative to f: what decides nothing
 _INVISIBLE = 1e-9  # relative to f: a decrease that trials can't be compared by
+# vectors of P float64 numbers: alive at the peak of a step, and passed through memory in a step, for each λ, each trial
+_GRAM_VECTORS, _SWEEP_VECTORS = 15, 20
+_STEP_TRAFFIC, _GRAM_TRAFFIC, _SWEEP_TRAFFIC, _TRIAL_TRAFFIC = 20, 30, 40, 6
 _TRIAL_NUMBERS = 2**26  # numbers in the trial parameters and activations that one forward pass may hold
 
 
@@ -96,10 +99,42 @@ class StepReport(NamedTuple):
     certified: bool  # H + (c + htol)I was found positive definite at a point with ‖g‖ ≤ gtol
 
 
-class _Candidates(NamedTuple):
-    """Trial steps (k, P) with the λ and the length that each has."""
+class StepCost(NamedTuple):
+    """What a step takes, to leading order: `DampedNewton.estimate_step`."""
 
-    steps: Tensor
+    route: str  # 'gram', 'sweep' or 'dense'
+    num_dampings: int  # λ tried
+    operations: float  # of float64; one of a float32 forward pass counts as half
+    traffic: float  # bytes read and written by what is bound by memory
+    bytes: float  # at the peak, the model and the batch included
+
+    def seconds(self, operations_per_second: float, bytes_per_second: float) -> float:
+        return self.operations / operations_per_second + self.traffic / bytes_per_second
+
+
+class _Steps:
+    """Trial steps as sums of a few vectors, row i Σ c·v over its terms; formed one at a time, for all of them may be
+    more than memory holds."""
+
+    def __init__(self, terms: list[tuple[tuple[float, Tensor], ...]]):
+        self._terms = terms
+
+    def __len__(self) -> int:
+        return len(self._terms)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """(P,), a new tensor."""
+        (c, v), *rest = self._terms[index]
+        step = c * v
+        for c, v in rest:
+            step += c * v
+        return step
+
+
+class _Candidates(NamedTuple):
+    """Trial steps with the λ and the length that each has."""
+
+    steps: _Steps
     dampings: list[float]
     lengths: list[float]
 
@@ -137,10 +172,17 @@ class _Objective:
 
     def __call__(self, theta: Tensor) -> Tensor:
         """f (k,) at θ (k, P); where it overflows, NaN or infinite."""
-        theta = theta.to(self.inputs.dtype).double()  # what the parameters would be
-        parts = theta.split(self.rows)
-        loss = torch.cat([accurate_loss(self.model, self.logits(part).double(), self.targets) for part in parts])
-        return loss + 0.5 * self.weight_decay * (theta * theta).sum(1) if self.weight_decay else loss
+        theta = theta.to(self.inputs.dtype)  # what the parameters would be
+        loss = accurate_loss(self.model, self.logits(theta).double(), self.targets)
+        return loss + 0.5 * self.weight_decay * theta.double().square().sum(1) if self.weight_decay else loss
+
+    def after(self, steps: Sequence[Tensor]) -> Tensor:
+        """f (k,) after each of the steps, as many in one forward pass as memory is planned for."""
+        values = []
+        for start in range(0, len(steps), self.rows):
+            moved = [steps[i].add_(self.theta) for i in range(start, min(start + self.rows, len(steps)))]
+            values.append(self(torch.stack(moved) if len(moved) > 1 else moved[0][None]))
+        return torch.cat(values)
 
     def gradient_norm(self, theta: Tensor) -> float:
         with torch.enable_grad():
@@ -279,8 +321,8 @@ class DampedNewton(torch.optim.Optimizer):
             "ending": False,  # f shows no difference any more
             "patience": _SLOW_STEPS,  # Gauss–Newton steps before the exact Hessian is tried
             "objectives": [],  # of the last Gauss–Newton steps
-            "momentum": torch.zeros(len(_MEMORIES), sum(p.numel() for p in model.parameters())).to(
-                next(model.parameters()).detach()
+            "momentum": next(model.parameters()).new_zeros(
+                len(_MEMORIES), sum(p.numel() for p in model.parameters()), requires_grad=False
             ),
         }
 
@@ -292,6 +334,14 @@ class DampedNewton(torch.optim.Optimizer):
         if self.param_groups:
             raise ValueError("DampedNewton has one parameter group, all parameters of the model: H couples them all")
         super().add_param_group(param_group)
+
+    def estimate_step(self, batch_size: int, num_dampings: int | None = None) -> StepCost:
+        """What a step on a batch of this size takes, before it is taken; the model may be one on the meta device.
+
+        num_dampings: λ that it tries (`report.num_trials`); None: 3 by the Gram route, which brackets the best one,
+        else 1, the least: a λ that is not good enough is raised, for another factorization.
+        """
+        return _step_cost(self._model, self.param_groups[0], batch_size, num_dampings)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
@@ -436,7 +486,7 @@ class _Step:
             self.finish("saddle", None)
             return
         lengths = [sign * length for length in _SADDLE_LENGTHS for sign in (1.0, -1.0)]
-        steps = torch.stack([length * found.step for length in lengths])
+        steps = _Steps([((length, found.step),) for length in lengths])
         best = self.best_of(_Candidates(steps, [found.damping] * len(lengths), lengths))
         self.finish("saddle", best)
 
@@ -456,8 +506,8 @@ class _Step:
         """The candidate with the lowest f; NaN counts as infinite."""
         steps = candidates.steps
         if math.isnan(self.before):  # f itself in the same pass, so that rounding is the same
-            steps = torch.cat([torch.zeros_like(steps[:1]), steps])
-        values = self.objective(self.theta + steps)
+            steps = _Steps([((0.0, self.theta),), *steps._terms])
+        values = self.objective.after(steps)
         if math.isnan(self.before):
             self.before, values = float(values[0]), values[1:]
         value, index = torch.where(values.isfinite(), values, math.inf).min(0)
@@ -511,9 +561,8 @@ class _Step:
             return best
         if self.state["step"] == 1:
             return best
-        momentum = self.state["momentum"].double()
-        along = (1 - momentum.new_tensor(_MEMORIES))[:, None] * momentum
-        rows = best.step + (momentum.new_tensor(_EXTENSIONS)[:, None, None] * along).flatten(0, 1)
+        along = [(1 - memory) * m.double() for memory, m in zip(_MEMORIES, self.state["momentum"], strict=True)]
+        rows = _Steps([((1.0, best.step), (c, m)) for c in _EXTENSIONS for m in along])
         found = self.best_of(_Candidates(rows, [best.damping] * len(rows), [best.length] * len(rows)))
         return found if found.value < best.value else best
 
@@ -555,12 +604,7 @@ class _Step:
     # ------------------------------------------------------------------------------------------------ the systems
 
     def by_gram(self) -> bool:
-        route = self.group["route"]
-        if route == "auto":
-            operations, _ = _count_operations(self.curvature_layers)
-            gram = count_gram_operations(self.curvature_layers, self.group["metric"], self.weight_decay, 3)
-            return gram <= min(operations.values())
-        return route == "gram"
+        return _by_gram(self.curvature_layers, self.group)
 
     def gram_system(self) -> GramSystem:
         """That of this step, with the gradient as Jᵀw where the batch has a w with all its digits."""
@@ -574,15 +618,18 @@ class _Step:
         return self._gram
 
     def gram_steps(self, dampings: Sequence[float], corrected: bool = True) -> _Candidates | None:
-        gram = self.gram_system()
-        systems = {damping: damped for damping in dampings if (damped := gram.at(damping)) is not None}
-        if not systems:
+        gram, found, systems = self.gram_system(), {}, []
+        corrected = corrected and self.optimizer._model.loss == "mse" and self.of_batch
+        for damping in dampings:
+            damped = gram.at(damping)
+            if damped is not None:
+                found[damping] = gram.step(damped)
+                systems += [damped] if corrected else []  # else its matrices are no longer needed
+        if not found:
             return None
-        x, Jx = (torch.stack(z) for z in zip(*map(gram.step, systems.values()), strict=True))
-        y = None
-        if corrected and self.optimizer._model.loss == "mse" and self.of_batch:
-            y = self.corrections(list(systems.values()), x, Jx)
-        return self.candidates(list(systems), x, y)
+        x, Jx = zip(*found.values(), strict=True)
+        y = self.corrections(systems, torch.stack(x), torch.stack(Jx)) if corrected else None
+        return self.candidates(list(found), x, y)
 
     def corrections(self, systems: Sequence[DampedSystem], x: Tensor, Jx: Tensor) -> Tensor:
         """−½ (JᵀJ + cI + λD)⁻¹ Jᵀ Sᵀs₂ (m, P), s₂ the second derivative of the logits along x, by a one-sided
@@ -598,15 +645,19 @@ class _Step:
         longest = _LONGEST_CORRECTION * torch.linalg.vector_norm(x, dim=1, keepdim=True)
         return y * (longest / torch.linalg.vector_norm(y, dim=1, keepdim=True)).clamp(max=1.0)
 
-    def candidates(self, dampings: Sequence[float], x: Tensor, y: Tensor | None = None) -> _Candidates:
+    def candidates(
+        self, dampings: Sequence[float], x: Sequence[Tensor], y: Sequence[Tensor] | None = None
+    ) -> _Candidates:
         """a x, and a x + a² y where there are corrections y, for each λ and length a."""
         lengths = self.search.lengths
-        a = x.new_tensor(lengths)[:, None]
-        steps = a * x[:, None]  # (m, lengths, P)
+        rows = [[((a, step),) for a in lengths] for step in x]
         if y is not None:
-            steps = torch.cat([steps, steps + a**2 * y[:, None]], 1)
+            rows = [
+                [*plain, *(((a, step), (a**2, bend)) for a in lengths)]
+                for plain, step, bend in zip(rows, x, y, strict=True)
+            ]
             lengths = lengths + lengths
-        return _Candidates(steps.flatten(0, 1), [d for d in dampings for _ in lengths], [*lengths] * len(dampings))
+        return _Candidates(_Steps(sum(rows, [])), [d for d in dampings for _ in lengths], [*lengths] * len(dampings))
 
     def sweep_steps(self, dampings: Sequence[float]) -> _Candidates | None:
         return self.exact_steps("gauss_newton", dampings)
@@ -641,7 +692,74 @@ class _Step:
             x, residual = factorization._refined(-self.gradient[:, None], _SOLVE_RTOL)
             if float(residual) <= _SOLVE_RTOL:  # else this λ is too small for float64, and a larger one is tried
                 found[damping] = x[:, 0]
-        return self.candidates(list(found), torch.stack(list(found.values()))) if found else None
+        return self.candidates(list(found), list(found.values())) if found else None
+
+
+def _by_gram(layers: Sequence[LayerDerivatives], group: dict) -> bool:
+    """Whether Gauss–Newton steps are by the Gram matrix: as asked for, or by counted operations."""
+    if group["route"] == "auto":
+        operations, _ = _count_operations(layers)
+        return count_gram_operations(layers, group["metric"], group["weight_decay"], 3) <= min(operations.values())
+    return group["route"] == "gram"
+
+
+def _meta_layers(model: DeepMLPWithTracking, batch_size: int) -> tuple[LayerDerivatives, ...]:
+    """The shapes of the layers' derivatives, without numbers."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float64, device="meta")
+
+    layers = []
+    for linear, skip in zip(model.layers, model.skips, strict=True):
+        a, d = len(linear.weight), linear.weight.shape[1] + (linear.bias is not None)
+        output = None
+        if linear is model.layers[-1]:
+            output = OutputHessian(empty(batch_size, a), model.loss == "cross_entropy")
+        state = empty(batch_size, a)
+        layers.append(
+            LayerDerivatives(empty(*linear.weight.shape), empty(batch_size, d), state, state, state, skip, output)
+        )
+    return tuple(layers)
+
+
+def _step_cost(model: DeepMLPWithTracking, group: dict, batch_size: int, num_dampings: int | None) -> StepCost:
+    """By counting: the solves' leading terms, the passes over the whole batch, and the vectors of P numbers."""
+    size = group["curvature_batch"]
+    of_batch = size is None or size >= batch_size
+    k = batch_size if of_batch else size
+    layers = _meta_layers(model, k)
+    decay, state = group["weight_decay"], group["metric"] == "state"
+    operations, _ = _count_operations(layers)
+    route = min(operations, key=operations.get)
+    if group["curvature"] != "hessian" and _by_gram(layers, group):
+        route = "gram"
+    tries = num_dampings or (3 if route == "gram" else 1)
+    lengths = len(_SEARCH[group["metric"] if of_batch else "sub-batch"].lengths)
+    P = sum(p.numel() for p in model.parameters())
+    half = 0.5 if next(model.parameters()).dtype == torch.float32 else 1.0
+    # the closure's forward pass, the closed form's two in float64, and the trials
+    passes = 2 * batch_size * P * (half * (1 + tries * lengths) + 3)
+    widths = [len(layer.weight) for layer in layers]
+    vectors = 8 * P
+    if route == "gram":
+        n = k * (widths[-1] - layers[-1].output.zero_sum)
+        matrices = tries if state and decay else 1
+        solves = sum(a * d * (2 * a + 8 * min(k, d)) for a, d in _shapes(layers)) if state else 4 * k * P
+        work = count_gram_operations(layers, group["metric"], decay, tries) + tries * solves
+        traffic = 8 * n * n * (4 * len(layers) * matrices + 4 * tries) + vectors * (_GRAM_TRAFFIC * tries)
+        memory = 8 * (4 * n * n + 3 * n * sum(widths)) + vectors * _GRAM_VECTORS
+    else:
+        work = operations[route] * tries
+        traffic = vectors * _SWEEP_TRAFFIC * tries
+        memory = (8 * P * P * 3 if route == "dense" else _sweep_bytes(layers)) + vectors * _SWEEP_VECTORS
+    traffic += vectors * (_STEP_TRAFFIC + _TRIAL_TRAFFIC * tries * lengths)
+    activations = 8 * batch_size * (2 * layers[0].inputs.shape[1] + 5 * sum(widths))
+    return StepCost(route, tries, passes + work, traffic, memory + activations)
+
+
+def _shapes(layers: Sequence[LayerDerivatives]) -> list[tuple[int, int]]:
+    """(a, d) of the hidden layers."""
+    return [(len(layer.weight), layer.inputs.shape[1]) for layer in layers[:-1]]
 
 
 def _sweep_bytes(layers: Sequence[LayerDerivatives]) -> int:
