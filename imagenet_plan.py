@@ -47,7 +47,7 @@ class Machine(NamedTuple):
 
 def measure_machine(args: argparse.Namespace, device: torch.device) -> Machine:
     """The rates that turn an estimate into seconds, by a product and by a sum that memory bounds."""
-    size, numbers = (2048, 2**25) if device.type == "cpu" else (8192, 2**28)
+    size, numbers = (1536, 2**23) if device.type == "cpu" else (8192, 2**28)
     a = torch.rand(size, size, dtype=torch.float64, device=device)
     v = torch.rand(numbers, dtype=torch.float64, device=device)
 
@@ -119,13 +119,16 @@ def gib(size: float) -> str:
 
 def choose_by_cost(args: argparse.Namespace, world: World, num_classes: int) -> None:
     """Set --hessian-batch-size where it was not given, and say what a step costs; RunError where memory forbids it."""
+    if not args.use_hessian:
+        plain, memory = (
+            training_bytes(args, num_parameters(args, num_classes), world.ranks),
+            memory_of(args, world.device),
+        )
+        if plain > memory:
+            raise RunError(f"a plain step takes about {gib(plain)}, and {gib(memory)} is free: {smaller(args)}")
+        return
     machine = world.from_first(lambda: measure_machine(args, world.device))
     chosen, plain = plan(args, num_classes, machine, world.ranks)
-    world.say(f"{num_parameters(args, num_classes):,} parameters; {gib(machine.memory)} of memory to use")
-    if not args.use_hessian:
-        if plain > machine.memory:
-            raise RunError(f"a plain step takes about {gib(plain)}, and {gib(machine.memory)} is free: {smaller(args)}")
-        return
     asked = args.hessian_batch_size
     cost = step_cost(args, num_classes, asked or chosen or 1)
     if cost.bytes + plain > machine.memory:
@@ -140,7 +143,7 @@ def choose_by_cost(args: argparse.Namespace, world: World, num_classes: int) -> 
         f"Hessian step: curvature of {args.hessian_batch_size} of {args.batch_size} images, route {cost.route}, about "
         f"{cost.operations:.1e} operations, {gib(cost.bytes)}, {seconds:.3g} s for {cost.num_dampings} damping"
         f"{'s' * (cost.num_dampings > 1)} (measured here: {machine.operations:.1e} operations/s, "
-        f"{machine.traffic:.1e} bytes/s)"
+        f"{machine.traffic:.1e} bytes/s; free: {gib(machine.memory)})"
     )
     world.say(
         "--lr drives the plain steps. The Newton step finds its own length, and SGD's momentum starts anew after it."

@@ -79,9 +79,13 @@ _SLOW_STEPS, _SLOW_DECREASE = 5, 0.02  # Gauss–Newton is slow: so many steps l
 _LITTLE_LEFT = 0.1  # and its undamped model promises less than this part of f
 _ROUNDING = 1e-13  # relative to f: what decides nothing
 _INVISIBLE = 1e-9  # relative to f: a decrease that trials can't be compared by
-# vectors of P float64 numbers: alive at the peak of a step, and passed through memory in a step, for each λ, each trial
-_GRAM_VECTORS, _SWEEP_VECTORS = 15, 20
-_STEP_TRAFFIC, _GRAM_TRAFFIC, _SWEEP_TRAFFIC, _TRIAL_TRAFFIC = 20, 30, 40, 6
+# vectors of all parameters in float64: kept in a step, alive beside them around the solve, and (of the reduced) in it
+_KEPT_VECTORS, _UPDATE_VECTORS, _SOLVE_VECTORS = 4, 7, 20
+# and passed through memory: in a step, for each λ, for each trial
+_STEP_TRAFFIC, _SOLVE_TRAFFIC, _TRIAL_TRAFFIC = 50, 130, 6
+_SWEEP_RATE = 0.6  # of a product's: triangular solves and Cholesky are slower
+_SPAN_PASSES = 3  # products of the span's basis with a first layer, in a step
+_WIDE_LAYER = 2**20  # weights; a first layer of so many, and few samples, is restricted to the samples' span
 _TRIAL_NUMBERS = 2**26  # numbers in the trial parameters and activations that one forward pass may hold
 
 
@@ -148,14 +152,62 @@ class _Trial(NamedTuple):
     length: float
 
 
+class _Span(NamedTuple):
+    """The first layer where a step can change it: in the batch's inputs, and along each row's rest, which decays.
+
+    X (a, d) = Y Qᵀ + diag(s) U, Q an orthonormal basis of the row space of z̃ (N, d), U the part of W̃ outside of it,
+    with rows of length 1. The gradient lies in there, L2 term included, and H acts on Y alone. So a step is one of a
+    network with N + 1 inputs [z̃Q, 0] and the first weight [Y, s], however many pixels there are. (metric='state' by the
+    Gram route is then that of this network: its mean square of an input is one over the N + 1.)
+    """
+
+    basis: Tensor  # (d, N) Q
+    outside: Tensor  # (a, d) U
+    width: int  # a′ = d without the bias
+    inputs: Tensor  # (N, N + 1)
+    weight: Tensor  # (a, N + 1)
+
+    @classmethod
+    def of(cls, layer: LayerDerivatives, bias: Tensor | None) -> _Span:
+        Q, R = torch.linalg.qr(layer.inputs.mT)
+        U = layer.weight if bias is None else torch.cat([layer.weight, bias.to(layer.weight)[:, None]], 1)
+        Y = U @ Q
+        U = U - Y @ Q.mT
+        s = torch.linalg.vector_norm(U, dim=1, keepdim=True)
+        U /= torch.where(s > 0, s, 1.0)
+        inputs = torch.cat([R.mT, R.new_zeros(len(R), 1)], 1)
+        return cls(Q, U, layer.weight.shape[1], inputs, torch.cat([Y, s], 1))
+
+    def shrink(self, v: Tensor) -> Tensor:
+        """The part of a flat v (P,) that lies in there, in the coordinates (Y, s) and those of the other layers."""
+        a, d = self.outside.shape
+        weight, bias, rest = v.tensor_split((a * self.width, a * d))
+        weight, bias = weight.view(a, -1), bias.view(a, -1)
+        Y = weight @ self.basis[: self.width] + bias @ self.basis[self.width :]
+        s = torch.linalg.vecdot(weight, self.outside[:, : self.width]) + (bias * self.outside[:, self.width :]).sum(1)
+        return torch.cat([torch.cat([Y, s[:, None]], 1).flatten(), rest])
+
+    def expand(self, v: Tensor) -> Tensor:
+        """The inverse: flat, (P,)."""
+        first, rest = v.tensor_split((self.weight.numel(),))
+        Y, s = first.view_as(self.weight).tensor_split((len(self.inputs),), 1)
+        X = torch.addcmul(Y @ self.basis.mT, s, self.outside)
+        return torch.cat([X[:, : self.width].flatten(), X[:, self.width :].flatten(), rest])
+
+
 class _Objective:
     """f at many parameter vectors at once, in one batched forward pass in the model's dtype."""
 
-    def __init__(self, model: DeepMLPWithTracking, weight_decay: float):
+    def __init__(self, model: DeepMLPWithTracking, weight_decay: float, span: _Span | None = None):
         self.model, self.weight_decay = model, weight_decay
         self.inputs, self.targets = model._tracked.inputs, model._tracked.targets
-        parameters = list(model.parameters())
-        self.theta = torch.cat([p.detach().flatten() for p in parameters]).double()
+        parameters = [p.detach() for p in model.parameters()]
+        self._biases = [linear.bias is not None for linear in model.layers]
+        if span is not None:
+            self.inputs = span.inputs.to(self.inputs.dtype)
+            parameters = [span.weight, *parameters[1 + self._biases[0] :]]
+            self._biases[0] = False
+        self.theta = torch.cat([p.flatten().double() for p in parameters])
         self._sizes = [p.numel() for p in parameters]
         widest = max(len(layer.weight) for layer in model.layers)
         self.rows = max(1, _TRIAL_NUMBERS // (len(self.theta) + 4 * len(self.inputs) * widest))
@@ -164,9 +216,9 @@ class _Objective:
         """(k, N, C) at θ (k, P)."""
         pieces = iter(theta.to(self.inputs.dtype).split(self._sizes, 1))
         z, last = self.inputs.expand(len(theta), *self.inputs.shape), len(self.model.layers) - 1
-        for index, linear in enumerate(self.model.layers):
+        for index, bias in enumerate(self._biases):
             weight = next(pieces).view(len(theta), -1, z.shape[2]).mT
-            h = torch.bmm(z, weight) if linear.bias is None else torch.baddbmm(next(pieces)[:, None, :], z, weight)
+            h = torch.baddbmm(next(pieces)[:, None, :], z, weight) if bias else torch.bmm(z, weight)
             z = h if index == last else self.model.activate(index, h, z)
         return z
 
@@ -349,12 +401,11 @@ class DampedNewton(torch.optim.Optimizer):
         _check_options(self.param_groups[0])  # they may have been changed
         with torch.enable_grad():
             loss = closure()
-        layers = _checked_derivatives(self._model, loss)
         mine, now = self.param_groups[0]["params"], list(self._model.parameters())
         if len(mine) != len(now) or any(p is not q for p, q in zip(mine, now, strict=True)):
             raise ValueError("the model has other parameters than at construction: make a new DampedNewton of it")
         with torch.autocast(loss.device.type, enabled=False):
-            _Step(self, layers).take()
+            _Step(self, _checked_derivatives(self._model, loss)).take()
         return loss
 
 
@@ -382,11 +433,16 @@ class _Step:
     """One step of a DampedNewton: everything that lives no longer than that."""
 
     def __init__(self, optimizer: DampedNewton, layers: tuple[LayerDerivatives, ...]):
-        self.optimizer, self.layers = optimizer, layers
+        self.optimizer = optimizer
+        self.span = None
+        if _is_wide(*layers[0].inputs.shape, len(layers[0].weight)):
+            self.span = _Span.of(layers[0], optimizer._model.layers[0].bias)
+            layers = (layers[0]._replace(weight=self.span.weight, inputs=self.span.inputs), *layers[1:])
+        self.layers = layers
         (self.group,) = optimizer.param_groups
         self.state = optimizer.state[self.group["params"][0]]
         self.weight_decay = self.group["weight_decay"]
-        self.objective = _Objective(optimizer._model, self.weight_decay)
+        self.objective = _Objective(optimizer._model, self.weight_decay, self.span)
         self.theta = self.objective.theta
         self.gradient = _gradient(layers)
         if self.weight_decay:
@@ -562,6 +618,8 @@ class _Step:
         if self.state["step"] == 1:
             return best
         along = [(1 - memory) * m.double() for memory, m in zip(_MEMORIES, self.state["momentum"], strict=True)]
+        if self.span is not None:
+            along = [self.span.shrink(m) for m in along]
         rows = _Steps([((1.0, best.step), (c, m)) for c in _EXTENSIONS for m in along])
         found = self.best_of(_Candidates(rows, [best.damping] * len(rows), [best.length] * len(rows)))
         return found if found.value < best.value else best
@@ -590,10 +648,10 @@ class _Step:
             parameters = self.group["params"]
             # in the parameters' dtype, as load_state_dict would leave it; a new tensor, since a state_dict may share it
             momentum = self.state["momentum"].to(parameters[0])
-            self.state["momentum"] = momentum.new_tensor(_MEMORIES)[:, None] * momentum + trial.step.to(momentum)
-            pieces = (self.theta + trial.step).split([p.numel() for p in parameters])
-            for p, piece in zip(parameters, pieces, strict=True):
-                p.copy_(piece.view_as(p))
+            step = trial.step if self.span is None else self.span.expand(trial.step)
+            self.state["momentum"] = (momentum.new_tensor(_MEMORIES)[:, None] * momentum).add_(step.to(momentum))
+            for p, piece in zip(parameters, step.split([p.numel() for p in parameters]), strict=True):
+                p.copy_(p + piece.view_as(p))  # the sum in float64
         optimizer.stalled = not accepted and not optimizer.converged
         value, _, damping, length = trial or _Trial(math.nan, None, math.nan, math.nan)
         optimizer.report = StepReport(
@@ -695,6 +753,11 @@ class _Step:
         return self.candidates(list(found), list(found.values())) if found else None
 
 
+def _is_wide(N: int, d: int, a: int) -> bool:
+    """Whether a first layer of d inputs and a units is worth restricting to the batch's span."""
+    return a * d >= _WIDE_LAYER and d >= 4 * (N + 1)
+
+
 def _by_gram(layers: Sequence[LayerDerivatives], group: dict) -> bool:
     """Whether Gauss–Newton steps are by the Gram matrix: as asked for, or by counted operations."""
     if group["route"] == "auto":
@@ -723,53 +786,53 @@ def _meta_layers(model: DeepMLPWithTracking, batch_size: int) -> tuple[LayerDeri
 
 
 def _step_cost(model: DeepMLPWithTracking, group: dict, batch_size: int, num_dampings: int | None) -> StepCost:
-    """By counting: the solves' leading terms, the passes over the whole batch, and the vectors of P numbers."""
-    size = group["curvature_batch"]
-    of_batch = size is None or size >= batch_size
-    k = batch_size if of_batch else size
-    layers = _meta_layers(model, k)
-    decay, state = group["weight_decay"], group["metric"] == "state"
-    operations, _ = _count_operations(layers)
-    route = min(operations, key=operations.get)
+    """By counting: the solves' leading terms, the passes over the whole batch, and the vectors of all parameters."""
+    size, N, P = group["curvature_batch"], batch_size, sum(p.numel() for p in model.parameters())
+    of_batch = size is None or size >= N
+    layers = _meta_layers(model, N)
+    a, d = len(layers[0].weight), layers[0].inputs.shape[1]
+    half = 0.5 if next(model.parameters()).dtype == torch.float32 else 1.0
+    operations = 2 * N * P * (half + 3)  # the closure's forward pass, and the closed form's forward, backward, gradient
+    if _is_wide(N, d, a):
+        weight, inputs = (torch.empty(rows, N + 1, device="meta") for rows in (a, N))
+        layers = (layers[0]._replace(weight=weight, inputs=inputs), *layers[1:])
+        operations += 4 * d * N**2 + 2 * N * d * a * _SPAN_PASSES
+    reduced = sum(len(layer.weight) * layer.inputs.shape[1] for layer in layers)
+    layers = layers if of_batch else _sub_batch(layers, torch.arange(size, device="meta"))
+    counted, _ = _count_operations(layers)
+    route = min(counted, key=counted.get)
     if group["curvature"] != "hessian" and _by_gram(layers, group):
         route = "gram"
     tries = num_dampings or (3 if route == "gram" else 1)
-    lengths = len(_SEARCH[group["metric"] if of_batch else "sub-batch"].lengths)
-    P = sum(p.numel() for p in model.parameters())
-    half = 0.5 if next(model.parameters()).dtype == torch.float32 else 1.0
-    # the closure's forward pass, the closed form's two in float64, and the trials
-    passes = 2 * batch_size * P * (half * (1 + tries * lengths) + 3)
-    widths = [len(layer.weight) for layer in layers]
-    vectors = 8 * P
+    trials = tries * len(_SEARCH[group["metric"] if of_batch else "sub-batch"].lengths)
+    operations += 2 * N * reduced * half * trials
+    traffic = 8 * (P * _STEP_TRAFFIC + reduced * (_TRIAL_TRAFFIC * trials + _SOLVE_TRAFFIC * tries))
+    state = 8 * sum(len(layer.weight) for layer in layers)  # bytes of a sample's
     if route == "gram":
-        n = k * (widths[-1] - layers[-1].output.zero_sum)
-        matrices = tries if state and decay else 1
-        solves = sum(a * d * (2 * a + 8 * min(k, d)) for a, d in _shapes(layers)) if state else 4 * k * P
-        work = count_gram_operations(layers, group["metric"], decay, tries) + tries * solves
-        traffic = 8 * n * n * (4 * len(layers) * matrices + 4 * tries) + vectors * (_GRAM_TRAFFIC * tries)
-        memory = 8 * (4 * n * n + 3 * n * sum(widths)) + vectors * _GRAM_VECTORS
+        n = len(layers[0].inputs) * (len(layers[-1].weight) - layers[-1].output.zero_sum)
+        matrices = tries if group["metric"] == "state" and group["weight_decay"] else 1
+        operations += count_gram_operations(layers, group["metric"], group["weight_decay"], tries)
+        traffic += 8 * n * n * (4 * len(layers) * matrices + 4 * tries)
+        kept, solve = 8 * n * n + 2 * n * state, 8 * 4 * n * n + 3 * n * state
     else:
-        work = operations[route] * tries
-        traffic = vectors * _SWEEP_TRAFFIC * tries
-        memory = (8 * P * P * 3 if route == "dense" else _sweep_bytes(layers)) + vectors * _SWEEP_VECTORS
-    traffic += vectors * (_STEP_TRAFFIC + _TRIAL_TRAFFIC * tries * lengths)
-    activations = 8 * batch_size * (2 * layers[0].inputs.shape[1] + 5 * sum(widths))
-    return StepCost(route, tries, passes + work, traffic, memory + activations)
-
-
-def _shapes(layers: Sequence[LayerDerivatives]) -> list[tuple[int, int]]:
-    """(a, d) of the hidden layers."""
-    return [(len(layer.weight), layer.inputs.shape[1]) for layer in layers[:-1]]
+        operations += counted[route] * tries / (_SWEEP_RATE if route == "sweep" else 1)
+        kept, solve = 0, 8 * 3 * P * P if route == "dense" else _sweep_bytes(layers)
+    batch = 8 * N * 2 * d + 5 * N * state
+    alive = max(solve + 8 * reduced * _SOLVE_VECTORS, kept + 8 * P * _UPDATE_VECTORS)
+    return StepCost(route, tries, operations, traffic, batch + 8 * P * _KEPT_VECTORS + alive)
 
 
 def _sweep_bytes(layers: Sequence[LayerDerivatives]) -> int:
     """What a factorization by sweeps keeps, Σ m² + m n′ numbers, and the three matrices of its largest layer."""
+    _, many_classes = _count_operations(layers)
     kept, largest = 0, 0
     for index, layer in enumerate(layers):
         (a, width), (N, d) = layer.weight.shape, layer.inputs.shape
-        m = a * min(N, d)
-        kept += m * m + (m * N * width if index else 0)
-        largest = max(largest, m, N * a)
+        m, below = a * min(N, d), N * width if index else 0
+        if many_classes and layer.output is not None:  # a block a class
+            kept, largest = kept + m * min(N, d), max(largest, below)
+        else:
+            kept, largest = kept + m * m + m * below, max(largest, m, N * a)
     return 8 * (kept + 3 * largest**2)
 
 
