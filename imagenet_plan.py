@@ -46,7 +46,10 @@ class Machine(NamedTuple):
 
 
 def measure_machine(args: argparse.Namespace, device: torch.device) -> Machine:
-    """The rates that turn an estimate into seconds, by a product and by a sum that memory bounds."""
+    """The rates that turn an estimate into seconds, by a product and by a sum that memory bounds; the baseline has no
+    use for them."""
+    if not (args.use_hessian or args.estimate):
+        return Machine(math.inf, math.inf, memory_of(args, device))
     size, numbers = (1536, 2**23) if device.type == "cpu" else (8192, 2**28)
     a = torch.rand(size, size, dtype=torch.float64, device=device)
     v = torch.rand(numbers, dtype=torch.float64, device=device)
@@ -119,24 +122,20 @@ def gib(size: float) -> str:
 
 def choose_by_cost(args: argparse.Namespace, world: World, num_classes: int) -> None:
     """Set --hessian-batch-size where it was not given, and say what a step costs; RunError where memory forbids it."""
-    if not args.use_hessian:
-        plain, memory = (
-            training_bytes(args, num_parameters(args, num_classes), world.ranks),
-            memory_of(args, world.device),
-        )
-        if plain > memory:
-            raise RunError(f"a plain step takes about {gib(plain)}, and {gib(memory)} is free: {smaller(args)}")
-        return
     machine = world.from_first(lambda: measure_machine(args, world.device))
     chosen, plain = plan(args, num_classes, machine, world.ranks)
+    if not args.use_hessian:
+        if plain > machine.memory:
+            raise RunError(
+                too_large("a plain step", plain, machine, what_fits(args, num_classes, machine, world.ranks))
+            )
+        return
     asked = args.hessian_batch_size
     cost = step_cost(args, num_classes, asked or chosen or 1)
     if cost.bytes + plain > machine.memory:
         fits = f"--hessian-batch-size {chosen}" if chosen else what_fits(args, num_classes, machine, world.ranks)
-        raise RunError(
-            f"a Hessian step on {asked or 1} of {args.batch_size} images takes about {gib(cost.bytes + plain)}, and "
-            f"{gib(machine.memory)} is free: pass {fits}"
-        )
+        what = f"a Hessian step on {asked or 1} of {args.batch_size} images"
+        raise RunError(too_large(what, cost.bytes + plain, machine, fits))
     args.hessian_batch_size = asked or chosen
     seconds = cost.seconds(machine.operations, machine.traffic)
     world.say(
@@ -150,24 +149,28 @@ def choose_by_cost(args: argparse.Namespace, world: World, num_classes: int) -> 
     )
 
 
-def smaller(args: argparse.Namespace) -> str:
-    return f"pass --image-size 64, --grayscale, or --hidden-dim {max(1, args.hidden_dim // 2)}"
+def too_large(what: str, size: float, machine: Machine, fits: str) -> str:
+    return f"{what} takes about {gib(size)}, and {gib(machine.memory)} is free: pass {fits}"
 
 
 def what_fits(args: argparse.Namespace, num_classes: int, machine: Machine, ranks: int) -> str:
-    """The first of a few flags with which a sub-batch of one image fits."""
+    """The first of a few flags that fit; with --use-hessian, with a sub-batch of one image at least."""
+    narrow = {"image_size": 64, "grayscale": True}
     for flags in (
         {"grayscale": True},
         {"image_size": 64},
-        {"image_size": 64, "grayscale": True},
-        {"image_size": 64, "grayscale": True, "hidden_dim": max(1, args.hidden_dim // 4)},
+        narrow,
+        {**narrow, "hidden_dim": max(1, args.hidden_dim // 4)},
+        {**narrow, "hidden_dim": max(1, args.hidden_dim // 4), "batch_size": max(1, args.batch_size // 8) * ranks},
     ):
-        if plan(argparse.Namespace(**{**vars(args), **flags}), num_classes, machine, ranks)[0]:
-            names = (
+        setup = argparse.Namespace(**{**vars(args), **flags, "hessian_batch_size": None})
+        chosen, plain = plan(setup, num_classes, machine, ranks)
+        if plain <= machine.memory and (chosen or not args.use_hessian):
+            words = (
                 f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in flags.items()
             )
-            return " ".join(names)
-    return "--image-size 32 --grayscale, a smaller --hidden-dim and --batch-size"
+            return " ".join(words)
+    return "--image-size 32 --grayscale, a smaller --hidden-dim and --batch-size, or find more memory"
 
 
 SETTINGS = {

@@ -164,7 +164,9 @@ def read_checkpoint(path: Path) -> dict:
     """Raises RunError where the file is not whole."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except FileNotFoundError as error:
+        raise RunError(f"{path} does not exist: name a checkpoint that does") from error
+    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:  # what torch.load says of it
         raise RunError(f"{path} is not a whole checkpoint ({str(error).splitlines()[0][:100]})") from error
 
 

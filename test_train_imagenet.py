@@ -288,7 +288,7 @@ def test_ranks_share_out_the_batches_of_one_process():
 
     whole, parts = epoch(0, 1), [epoch(rank, 4) for rank in range(4)]
     assert [sum(shares, []) for shares in zip(*parts, strict=True)] == whole
-    assert sorted(sum(whole, [])) == list(range(43)) and whole != [[i for i in b] for b in [sorted(sum(whole, []))]]
+    assert sorted(sum(whole, [])) == list(range(43)) != sum(whole, [])
 
 
 # ------------------------------------------------------------------------------------------------------- errors
@@ -352,7 +352,7 @@ def test_no_gpu(capsys):
 @pytest.mark.parametrize("method", ("", "--use-hessian"))
 def test_what_memory_forbids_stops_with_a_flag_that_makes_it_fit(tmp_path, capsys, method):
     text = f"--dummy 8 --hidden-dim 16 --num-layers 3 --batch-size 4 --num-workers 0 --epochs 1 {method}"
-    argv = flags(text, checkpoint_dir=tmp_path, memory_gib=0.05)
+    argv = flags(text, checkpoint_dir=tmp_path, memory_gib=0.02)
     error = error_of(argv, capsys)
     advice = re.search(r"pass (--[a-z-]+(?: \d+)?(?: --[a-z-]+(?: \d+)?)*)", error)
     assert advice and "GiB" in error
@@ -399,11 +399,11 @@ def interrupted(argv: list[str], folder: Path, number: int) -> int:
 @pytest.mark.parametrize("method", ("", HESSIAN))
 @pytest.mark.parametrize("number, code", ((signal.SIGTERM, 143), (signal.SIGINT, 130)))
 def test_a_signal_ends_the_run_with_a_checkpoint_to_go_on_from(tmp_path, method, number, code):
-    argv = flags(f"{DUMMY} {method}", epochs=12, checkpoint_minutes=0)
+    argv = flags(f"{DUMMY} {method}", epochs=5, checkpoint_minutes=0)
     folder, whole = tmp_path / "a", tmp_path / "b"
     assert interrupted([*argv, "--checkpoint-dir", str(folder)], folder, number) == code
     stopped = read_checkpoint(folder / "last.pt")["progress"]
-    assert 0 < stopped["epoch"] * 6 + stopped["batch"] < 72
+    assert 0 < stopped["epoch"] * 6 + stopped["batch"] < 30
     assert main([*argv, "--checkpoint-dir", str(folder), "--resume"]) == 0
     assert main([*argv, "--checkpoint-dir", str(whole)]) == 0
     assert equal(end_of(folder), end_of(whole))
@@ -413,7 +413,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_to_go_on_from(tmp_path, method,
 @pytest.mark.parametrize("method, kills", (("", 20), (HESSIAN, 20)))
 def test_twenty_kills_change_nothing(tmp_path, method, kills):
     """SIGKILL at random moments of a run, of the data's loading and of a checkpoint's writing as of all else."""
-    argv = flags(f"{DUMMY} {method}", checkpoint_minutes=0, epochs=3)
+    argv = flags(f"{DUMMY} {method}", checkpoint_minutes=0, batch_size=4)
     began = time.monotonic()
     assert finished(start([*argv, "--checkpoint-dir", str(tmp_path / "whole")], tmp_path / "whole.log")) == 0
     seconds, rng = time.monotonic() - began, random.Random(0)
@@ -434,7 +434,7 @@ def test_twenty_kills_change_nothing(tmp_path, method, kills):
                 found = read_checkpoint(folder / "last.pt")["progress"]
                 moments.add((found["epoch"], found["batch"]))
         assert equal(end_of(folder), whole)
-    assert len(moments) > 3, "the kills all came at one place"
+    assert len(moments) > 5, "the kills came at few places only"
 
 
 def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys):
@@ -448,9 +448,9 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(tmp_path, ca
     captured = capsys.readouterr()
     assert f"{last} is not a whole checkpoint" in captured.err and "previous.pt: epoch 2" in captured.out
     assert equal(end_of(tmp_path), whole)
-    for path in (last, tmp_path / "previous.pt"):
+    for path in tmp_path.glob("*.pt"):
         path.write_bytes(path.read_bytes()[:100])
-    assert "no checkpoint" in error_of([*argv, "--resume"], capsys)[:40] or True
+    assert f"no checkpoint in {tmp_path} is whole" in error_of([*argv, "--resume"], capsys)
 
 
 @pytest.mark.parametrize(

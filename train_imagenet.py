@@ -167,7 +167,7 @@ class NewtonStep:
         if number % self.freq:
             return self.plain(x, y, number)
         began = time.perf_counter()
-        x, y = self.world.gather(x.flatten(1)), self.world.gather(y)
+        x, y = self.world.gather(x), self.world.gather(y)
         forward = loss = report = None
 
         def closure() -> Tensor:
@@ -330,7 +330,9 @@ def remedy(args: argparse.Namespace) -> str:
 
 
 def on_device(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
-    images = batch.images.to(run.world.device, next(run.model.parameters()).dtype, non_blocking=True)
+    """Images (n, inputs) and classes (n,)."""
+    images = batch.images.flatten(1) if len(batch.targets) else torch.empty(0, run.model.input_dim)
+    images = images.to(run.world.device, next(run.model.parameters()).dtype, non_blocking=True)
     return images, batch.targets.to(run.world.device, non_blocking=True)
 
 
