@@ -50,7 +50,7 @@ def measure_machine(args: argparse.Namespace, device: torch.device) -> Machine:
     use for them."""
     if not (args.use_hessian or args.estimate):
         return Machine(math.inf, math.inf, memory_of(args, device))
-    size, numbers = (1536, 2**23) if device.type == "cpu" else (8192, 2**28)
+    size, numbers = (1024, 2**22) if device.type == "cpu" else (8192, 2**28)
     a = torch.rand(size, size, dtype=torch.float64, device=device)
     v = torch.rand(numbers, dtype=torch.float64, device=device)
 

@@ -474,7 +474,7 @@ def write_metrics(run: Run) -> None:
 def write_curves(history: Sequence[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = Figure(figsize=(9, 3.5))
     losses, accuracies = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
     for axis, names in ((losses, ("train_loss", "val_loss")), (accuracies, ("top1", "top5"))):
