@@ -55,7 +55,10 @@ def generator_of(*key: object) -> torch.Generator:
 
 def read_image(path: str) -> Image.Image:
     with Image.open(path) as image:
-        return ImageOps.exif_transpose(image.convert("RGB"))  # grey and CMYK become colour; cameras turn by a tag
+        image.load()
+        colour = image if image.mode == "RGB" else image.convert("RGB")  # from grey and CMYK
+        ImageOps.exif_transpose(colour, in_place=True)  # cameras turn an image by a tag
+        return colour
 
 
 class Folder(ImageFolder):
