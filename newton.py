@@ -814,26 +814,37 @@ def _step_cost(model: DeepMLPWithTracking, group: dict, batch_size: int, num_dam
         operations += count_gram_operations(layers, group["metric"], group["weight_decay"], tries)
         traffic += 8 * n * n * (4 * len(layers) * matrices + 4 * tries)
         kept, solve = 8 * n * n + 2 * n * state, 8 * 4 * n * n + 3 * n * state
+    elif route == "sweep":
+        operations += counted[route] * tries / _SWEEP_RATE
+        kept, solve = 0, _sweep_bytes(layers)
     else:
-        operations += counted[route] * tries / (_SWEEP_RATE if route == "sweep" else 1)
-        kept, solve = 0, 8 * 3 * P * P if route == "dense" else _sweep_bytes(layers)
+        formed_once = group["curvature"] == "hessian" and group["metric"] == "parameter"
+        forming = counted[route] - reduced**3 / 3
+        operations += tries * reduced**3 / 3 + (1 if formed_once else tries) * forming
+        kept, solve = 0, 8 * 3 * reduced**2
     batch = 8 * N * 2 * d + 5 * N * state
     alive = max(solve + 8 * reduced * _SOLVE_VECTORS, kept + 8 * P * _UPDATE_VECTORS)
     return StepCost(route, tries, operations, traffic, batch + 8 * P * _KEPT_VECTORS + alive)
 
 
 def _sweep_bytes(layers: Sequence[LayerDerivatives]) -> int:
-    """What a factorization by sweeps keeps, Σ m² + m n′ numbers, and the three matrices of its largest layer."""
+    """At the peak of a factorization by sweeps: what it keeps, Σ m² + m n′ numbers from the last layer on, and the
+    matrices of the layer that it eliminates."""
     _, many_classes = _count_operations(layers)
-    kept, largest = 0, 0
-    for index, layer in enumerate(layers):
+    kept, peak = 0, 0
+    for index, layer in reversed(list(enumerate(layers))):
         (a, width), (N, d) = layer.weight.shape, layer.inputs.shape
         m, below = a * min(N, d), N * width if index else 0
-        if many_classes and layer.output is not None:  # a block a class
-            kept, largest = kept + m * min(N, d), max(largest, below)
+        if layer.output is None:
+            peak = max(peak, kept + 3 * max(m, N * a) ** 2)
+            kept += m * m + m * below
+        elif many_classes:  # a block a class
+            peak = max(peak, 3 * m * max(min(N, d), N) + below**2)
+            kept += m * min(N, d)
         else:
-            kept, largest = kept + m * m + m * below, max(largest, m, N * a)
-    return 8 * (kept + 3 * largest**2)
+            peak = max(peak, 2 * m * m + 2 * m * below + below**2)
+            kept += m * m + m * below
+    return 8 * max(peak, kept)
 
 
 def _definite_factorization(

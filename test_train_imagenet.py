@@ -493,6 +493,33 @@ def test_what_was_chosen_by_time_is_used_again(tmp_path):
     assert read_checkpoint(tmp_path / "last.pt")["config"]["hessian_batch_size"] == 1
 
 
+def test_flags_may_change_on_resuming(tmp_path, capsys):
+    """What changes numbers is said, and is what the optimizers then go by."""
+    argv = flags(f"{DUMMY} {HESSIAN}", checkpoint_dir=tmp_path)
+    assert main([*argv, "--epochs", "1"]) == 0
+    state = read_checkpoint(tmp_path / "last.pt")
+    changed = parse([*argv, *"--weight-decay 0.5 --damping 7 --hessian-batch-size 3 --num-workers 1 --resume".split()])
+    run = train_imagenet.build_run(
+        changed, World(0, 1, torch.device("cpu")), Signals(), open_data(changed), state | {"path": "last.pt"}
+    )
+    run.load(state)
+    err = capsys.readouterr().err
+    assert all(f"warning: {name} was" in err for name in ("weight_decay", "damping", "hessian_batch_size", "epochs"))
+    assert "num_workers" not in err
+    newton, plain = run.step.newton, run.step.plain.optimizer
+    assert newton.param_groups[0]["weight_decay"] == plain.param_groups[0]["weight_decay"] == 0.5
+    assert newton.param_groups[0]["curvature_batch"] == 3
+    assert newton.state[newton.param_groups[0]["params"][0]]["damping"] == 7
+
+
+def test_running_out_of_memory_is_said_in_one_line(tmp_path, capsys, monkeypatch):
+    def no_memory(*_):
+        torch.empty(2**60)
+
+    monkeypatch.setattr(train_imagenet.PlainStep, "__call__", no_memory)
+    assert "--hessian-batch-size" in error_of(flags(DUMMY, checkpoint_dir=tmp_path), capsys)
+
+
 def test_a_file_is_whole_or_what_it_was(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_durably(path, b"before")
@@ -542,7 +569,8 @@ def test_two_ranks_skip_unreadable_images_and_count_them_together(tree):
 
 def test_weights_that_differ_between_ranks_are_found(monkeypatch):
     model = torch.nn.Linear(2, 2)
-    run = type("Run", (), {"model": model, "world": World(0, 1, torch.device("cpu"))})
+    run = type("Run", (), {"model": model, "world": World(0, 2, torch.device("cpu"))})
+    monkeypatch.setattr(World, "objects", lambda self, value: [value, value])
     train_imagenet.check_equal_weights(run)
     monkeypatch.setattr(World, "objects", lambda self, value: [value, "another"])
     with pytest.raises(RunError, match="2 different sets of weights"):

@@ -40,7 +40,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from hessian import ACTIVATIONS, DeepMLPWithTracking
@@ -76,6 +76,11 @@ MUST_MATCH = (
     "use_hessian", "batch_size", "seed", "num_images", "ranks",
 )  # fmt: skip
 
+CHANGES_NUMBERS = (
+    "epochs", "lr", "lr_schedule", "warmup_epochs", "weight_decay", "clip_grad_norm", "amp", "augment", "hessian_freq",
+    "hessian_batch_size", "curvature", "metric", "damping", "threads", "torch",
+)  # fmt: skip
+
 
 class NotFiniteError(Exception):
     """The loss of a batch is NaN or infinite."""
@@ -98,9 +103,6 @@ class Step(NamedTuple):
     forward_seconds: float
     hessian_seconds: float = 0.0
     report: StepReport | None = None
-
-
-StepFunction = Callable[[Tensor, Tensor, int], Step]  # images, classes, number of the step
 
 
 def checked_loss(total: float, samples: float) -> float:
@@ -148,7 +150,7 @@ class PlainStep:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_numbers(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -193,7 +195,20 @@ class NewtonStep:
 
     def load_state_dict(self, state: dict) -> None:
         self.plain.load_state_dict(state["plain"])
-        self.newton.load_state_dict(state["newton"])
+        load_numbers(self.newton, state["newton"])
+
+    def set_damping(self, damping: float) -> None:
+        """In place of the one that the steps before found."""
+        for numbers in self.newton.state.values():
+            numbers["damping"] = numbers["hessian_damping"] = damping
+
+
+def load_numbers(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """The optimizer's state, with the options of this run's flags."""
+    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
 
 
 def autocast_of(args: argparse.Namespace, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
@@ -238,14 +253,14 @@ class Progress:
             self.sums[name] = self.sums.get(name, 0.0) + value
 
 
-def check_config(path: Path, saved: dict, config: dict) -> None:
+def check_config(path: Path, saved: dict, config: dict, world: World) -> None:
     different = [name for name in MUST_MATCH if saved[name] != config[name]]
     if different:
         listed = ", ".join(f"{name} {saved[name]} there and {config[name]} here" for name in different)
         raise RunError(f"{path} is of another run: {listed}. Pass what it has, or another --checkpoint-dir")
-    changed = [n for n in saved if n in config and n not in MUST_MATCH and saved[n] != config[n]]
-    for name in sorted(set(changed) - {"checkpoint_dir", "resume", "evaluate", "data_dir", "hessian_batch_size"}):
-        print(f"warning: {name} was {saved[name]}, is {config[name]}: it goes on, not bit for bit", file=sys.stderr)
+    for name in sorted(CHANGES_NUMBERS):
+        if saved[name] != config[name] and world.first:
+            print(f"warning: {name} was {saved[name]}, is {config[name]}: it goes on, not bit for bit", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------- one loop
@@ -285,6 +300,8 @@ class Run:
     def load(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.step.load_state_dict(state["step"])
+        if isinstance(self.step, NewtonStep) and self.args.damping != state["config"]["damping"]:
+            self.step.set_damping(self.args.damping)
         self.progress = Progress(**state["progress"])
         set_random_states(state["random"])
 
@@ -295,14 +312,10 @@ class Run:
             return
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise RunError(f"a weight is NaN or infinite: {remedy(self.args)}. The last checkpoint is kept")
-        content = io.BytesIO()
-        torch.save(self.state(), content)
-        last = self.folder / "last.pt"
-        if last.exists():
-            os.replace(last, self.folder / "previous.pt")
-        write_durably(last, content.getvalue())
+        state = self.state()
+        write_durably(self.folder / "last.pt", lambda file: torch.save(state, file), self.folder / "previous.pt")
         if best:
-            write_durably(self.folder / "best.pt", content.getvalue())
+            write_durably(self.folder / "best.pt", lambda file: torch.save(state, file))
 
     def heed(self, batch: Batch) -> int:
         """What the ranks must agree on after each batch: files that can't be read, and the signal that came, or 0."""
@@ -411,6 +424,8 @@ def evaluate(run: Run) -> Scores:
 
 
 def check_equal_weights(run: Run) -> None:
+    if run.world.ranks == 1:
+        return
     digest = hashlib.sha256()
     for p in run.model.parameters():
         digest.update(p.detach().cpu().numpy())
@@ -535,7 +550,8 @@ def evaluate_checkpoint(args: argparse.Namespace, world: World, signals: Signals
     state = world.from_first(lambda: read_checkpoint(path))
     for name in ("num_layers", "hidden_dim", "image_size", "grayscale", "activation", "residual", "precision"):
         setattr(args, name, state["config"][name])
-    run = build_run(args, world, signals, None)
+    args.use_hessian = False
+    run = build_run(args, world, signals, open_data(args), None)
     if run.config["num_classes"] != state["config"]["num_classes"]:
         raise RunError(
             f"{path} knows {state['config']['num_classes']} classes and {args.data_dir} has {run.config['num_classes']}"
@@ -545,18 +561,21 @@ def evaluate_checkpoint(args: argparse.Namespace, world: World, signals: Signals
     world.say(f"{path}: Loss={scores.loss:.4f}, Top-1={scores.top1:.2f}%, Top-5={scores.top5:.2f}%")
 
 
-def build_run(args: argparse.Namespace, world: World, signals: Signals, state: dict | None) -> Run:
+def build_run(
+    args: argparse.Namespace, world: World, signals: Signals, data: tuple[Dataset, Dataset, int], state: dict | None
+) -> Run:
     """Everything up to the first step, which what doesn't fit never takes."""
     torch.manual_seed(args.seed)
     np.random.seed(args.seed % 2**32)
     random.seed(args.seed)
-    train, val, num_classes = open_data(args)
+    train, val, num_classes = data
+    if state is not None and args.hessian_batch_size is None:
+        args.hessian_batch_size = state["config"]["hessian_batch_size"]
     config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     config |= {"num_classes": num_classes, "num_images": len(train)}
     config |= {"ranks": world.ranks, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
     if state is not None:
-        check_config(Path(state["path"]), state["config"], config)
-        args.hessian_batch_size = state["config"]["hessian_batch_size"]
+        check_config(Path(state["path"]), state["config"], config, world)
     choose_by_cost(args, world, num_classes)
     config["hessian_batch_size"] = args.hessian_batch_size
     model = build_model(args, num_classes).to(world.device)
@@ -668,9 +687,9 @@ def train(args: argparse.Namespace, world: World, signals: Signals) -> None:
         return print_estimates(args, world)
     if args.evaluate:
         return evaluate_checkpoint(args, world, signals)
-    open_data(args)  # what is wrong with the data is said before a run is moved aside
+    data = open_data(args)  # what is wrong with it is said before a run is moved aside
     state = world.from_first(lambda: prepare_folder(args))
-    run = build_run(args, world, signals, state)
+    run = build_run(args, world, signals, data, state)
     world.say(json.dumps(run.config))
     if world.first:
         write_durably(run.folder / "config.json", json.dumps(run.config, indent=1).encode())
@@ -683,6 +702,18 @@ def train(args: argparse.Namespace, world: World, signals: Signals) -> None:
     world.say(f"Checkpoints, metrics.csv, curves.png: {run.folder}")
 
 
+def known_failure(error: RuntimeError) -> str | None:
+    """What torch means by some of its RuntimeErrors, and what to do."""
+    said = str(error).splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said:
+        return f"out of memory ({said}): pass a smaller --hessian-batch-size, --batch-size or --image-size; --resume"
+    if "DataLoader worker" in said:
+        return f"a process that decodes died ({said}): pass fewer --num-workers, and --resume"
+    if dist.is_initialized():
+        return f"rank {dist.get_rank()} lost the others: {said}"
+    return None
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
@@ -692,13 +723,13 @@ def main(argv: list[str] | None = None) -> int:
         name = signal.Signals(stop.number).name
         print(f"stopped by {name}: --resume goes on from {args.checkpoint_dir / 'last.pt'}", file=sys.stderr)
         return 128 + stop.number
-    except (RunError, DataError, OSError, torch.linalg.LinAlgError, torch.OutOfMemoryError) as error:
+    except (RunError, DataError, OSError, torch.linalg.LinAlgError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        if not dist.is_initialized():
+        if (known := known_failure(error)) is None:
             raise
-        print(f"error: rank {dist.get_rank()} lost the others: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {known}", file=sys.stderr)
         return 1
     return 0
 
