@@ -281,6 +281,9 @@ def main(argv: list[str]) -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             lines = COMMANDS[args.command](args, Path(folder))
+    except subprocess.CalledProcessError as error:
+        print(f"error: a step ended with {error.returncode}: {error.stderr.splitlines()[-1:]}", file=sys.stderr)
+        return 1
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
