@@ -4,9 +4,10 @@
     steps       seconds and bytes of a Hessian step at the shape of ImageNet, and what was estimated before it
     compare     --use-hessian against the baseline at equal seconds: 4,000 digits of MNIST in ImageFolder layout
 
+Seconds are those of the processor, one thread and no workers: the clock on the wall of a shared machine measures others.
 Every row of `steps` is a process of its own, whose peak of resident memory is read from Linux; the machine's rates are
-measured in it right before the step. In `compare` the baseline has the best of several rates, each given the seconds
-of the Hessian run; the loss is that of the final weights on all training images.
+measured in it before and after the step. In `compare` the baseline has the best of several rates, each given the
+seconds of the Hessian run; the loss is that of the final weights on all training images.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -43,6 +45,15 @@ RATES = (0.01, 0.03, 0.1, 0.3)
 STEPS = ((20, 256, 64, 4), (20, 256, 64, 8), (20, 256, 64, 16), (40, 128, 32, 4))  # layers, width, N, sub-batch
 QUICK_STEPS = ((4, 32, 16, 4),)
 CPU = torch.device("cpu")
+
+
+@contextlib.contextmanager
+def processor_clock() -> Iterator[None]:
+    """One thread, timed by its processor; train_imagenet.py's own seconds too."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    with mock.patch("time.perf_counter", time.process_time):
+        yield
 
 
 def write_images(root: Path, images: np.ndarray, labels: np.ndarray, num_val: int) -> None:
@@ -97,8 +108,7 @@ def bare_epoch(argv: list[str]) -> Callable[[], float]:
         ]
     )
     data = ImageFolder(str(args.data_dir / "train"), transform)
-    workers = args.num_workers
-    loader = DataLoader(data, args.batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    loader = DataLoader(data, args.batch_size, shuffle=True)
     widths = [3 * args.image_size**2, *[args.hidden_dim] * (args.num_layers - 1)]
     hidden = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.Tanh())]
     model = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(widths[-1], len(data.classes)))
@@ -135,7 +145,7 @@ def throughput(args: argparse.Namespace, folder: Path) -> list[str]:
         if not root.exists():
             write_photographs(root, count, size)
         argv = f"--image-size {image_size} --hidden-dim {width} --num-layers 20 --batch-size 40 --lr 0.01 --epochs 90"
-        argv = [*argv.split(), "--data-dir", str(root), "--checkpoint-dir", str(folder), "--num-workers", args.workers]
+        argv = [*argv.split(), "--data-dir", str(root), "--checkpoint-dir", str(folder), "--num-workers", "0"]
         ours, bare = our_epoch(argv), bare_epoch(argv)
         seconds = [(ours(), bare()) for _ in range(repeats + 1)][1:]  # the first one warms up
         best = [min(column) for column in zip(*seconds, strict=True)]
@@ -146,7 +156,7 @@ def throughput(args: argparse.Namespace, folder: Path) -> list[str]:
         )
         rates[f"{name} to {image_size}"] = decoding(argv)
     decoded = ", ".join(f"{name}: {rate:.0f}" for name, rate in rates.items())
-    lines += ["", f"Least seconds of {repeats} epochs each, alternating; {args.workers} workers, batches of 40."]
+    lines += ["", f"Least seconds of {repeats} epochs each, alternating; batches of 40."]
     lines += [f"Decoding and augmenting alone, images/s in one process: {decoded}."]
     return lines
 
@@ -161,8 +171,7 @@ def status(name: str) -> int:
 
 
 def one_step(layers: int, width: int, batch: int, size: int, image_size: int) -> dict:
-    """Seconds and bytes of the second step of a model, measured and estimated; the first one warms up."""
-    torch.set_flush_denormal(True)
+    """Seconds and bytes of a step, measured and estimated."""
     torch.manual_seed(0)
     args = train_imagenet.parse(["--estimate", "--image-size", str(image_size)])
     rates = measure_machine(args, CPU)
@@ -194,7 +203,8 @@ def steps(args: argparse.Namespace, folder: Path) -> list[str]:
     ]
     for row in QUICK_STEPS if args.quick else STEPS:
         image_size = 32 if args.quick else 224
-        code = f"import json, benchmark_imagenet as b; print(json.dumps(b.one_step(*{row}, {image_size})))"
+        code = "import json, benchmark_imagenet as b; clock = b.processor_clock(); clock.__enter__()"
+        code += f"; print(json.dumps(b.one_step(*{row}, {image_size})))"
         output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
         found = json.loads(output.splitlines()[-1])
         took, guess, size, planned = (found[n] for n in ("seconds", "estimated_seconds", "bytes", "estimated_bytes"))
@@ -248,7 +258,7 @@ def compare(args: argparse.Namespace, folder: Path) -> list[str]:
     lines = ["| network | method | epochs | seconds | training loss | test accuracy, % |", "| --- " * 6 + "|"]
     for layers, width in ((6, 32),) if args.quick else ((6, 32), (30, 16)):
         shape = f"--image-size 28 --grayscale --augment none --num-layers {layers} --hidden-dim {width}"
-        common = [*shape.split(), "--data-dir", str(folder / "digits"), "--num-workers", args.workers]
+        common = [*shape.split(), "--data-dir", str(folder / "digits"), "--num-workers", "0"]
         hessian = "--use-hessian --batch-size 1000 --hessian-batch-size 64 --epochs " + ("2" if args.quick else "10")
         rows, loss = trained([*common, *hessian.split()], folder / f"hessian{layers}")
         name, limit = f"{layers} × {width}", sum(row["seconds"] for row in rows)
@@ -263,7 +273,7 @@ def compare(args: argparse.Namespace, folder: Path) -> list[str]:
             seconds, top1 = (sum(r["seconds"] for r in rows), rows[-1]["top1"]) if rows else (float("nan"),) * 2
             lines.append(f"| {name} | {method} | {len(rows)} | {seconds:.1f} | {loss:.2e} | {top1:.1f} |")
             print(lines[-1], flush=True)
-    return [*lines, "", "Seconds are those of the training passes, decoding included; batches of 1,000 and 64."]
+    return [*lines, "", "Seconds of the training passes, decoding included; batches of 1,000 and of 64."]
 
 
 COMMANDS = {"throughput": throughput, "steps": steps, "compare": compare}
@@ -276,10 +286,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--out-dir", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--quick", action="store_true", help="small and few, for a smoke test")
-    parser.add_argument("--workers", default="0", help="--num-workers of the runs")
     args = parser.parse_args(argv)
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, processor_clock():
             lines = COMMANDS[args.command](args, Path(folder))
     except subprocess.CalledProcessError as error:
         print(f"error: a step ended with {error.returncode}: {error.stderr.splitlines()[-1:]}", file=sys.stderr)
