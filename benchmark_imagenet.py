@@ -4,7 +4,7 @@
     steps       seconds and bytes of a Hessian step at the shape of ImageNet, and what was estimated before it
     compare     --use-hessian against the baseline at equal seconds: 4,000 digits of MNIST in ImageFolder layout
 
-Seconds are those of the processor, one thread and no workers: the clock on the wall of a shared machine measures others.
+Seconds are those of the processor, one thread and no workers: a shared machine slows the clock on the wall.
 Every row of `steps` is a process of its own, whose peak of resident memory is read from Linux; the machine's rates are
 measured in it before and after the step. In `compare` the baseline has the best of several rates, each given the
 seconds of the Hessian run; the loss is that of the final weights on all training images.
@@ -238,8 +238,11 @@ def trained(argv: list[str], folder: Path) -> tuple[list[dict], float]:
     """The epochs of a run, and the loss of its final weights on all training images."""
     argv = [*argv, "--checkpoint-dir", str(folder)]
     with contextlib.redirect_stdout(io.StringIO()):
-        if train_imagenet.main(argv):
-            return [], float("inf")
+        code = train_imagenet.main(argv)
+    if code >= 128:
+        raise KeyboardInterrupt
+    if code:
+        return [], float("inf")
     args = train_imagenet.parse(argv)
     train, _, classes = open_data(args)
     model = train_imagenet.build_model(args, classes)
