@@ -204,11 +204,12 @@ class NewtonStep:
 
 
 def load_numbers(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """The optimizer's state, with the options of this run's flags."""
-    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    """The optimizer's state, with the options of this run's flags; the rate is set by each step."""
+    own = ("params", "lr")
+    options = [{name: value for name, value in group.items() if name not in own} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, options, strict=True):
-        group.update(own)
+    for group, flags in zip(optimizer.param_groups, options, strict=True):
+        group.update(flags)
 
 
 def autocast_of(args: argparse.Namespace, device: torch.device) -> Callable[[], contextlib.AbstractContextManager]:
