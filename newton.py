@@ -320,8 +320,8 @@ class DampedNewton(torch.optim.Optimizer):
 
     Cost of a step, k samples, K = C − 1 (or C) and P parameters: the Gram route's 2 (kK)² Σa + (kK)³/3 for each λ, or a
     sweep for each λ (`factorize_hessian`); about 10 forward passes on the whole batch for the trials.
-    `estimate_step` says it before. A first layer of 2²⁰ weights or more, on at most a quarter as many samples as inputs,
-    is restricted to what a step can change: the same step, but for a state metric by the Gram route (`_Span`).
+    `estimate_step` says it before. A first layer of 2²⁰ weights or more, with four times more inputs than samples, is
+    restricted to what a step can change: the same step, but for a state metric by the Gram route (`_Span`).
     Raises what `factorize_hessian` raises for a loss that is not the tracked one. Not checked: that the closure returns
     the loss of the same data at each step; it need not.
     """

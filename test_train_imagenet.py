@@ -409,6 +409,24 @@ def test_a_signal_ends_the_run_with_a_checkpoint_to_go_on_from(tmp_path, method,
     assert equal(end_of(folder), end_of(whole))
 
 
+@pytest.mark.parametrize("method", ("", HESSIAN))
+def test_a_run_stopped_in_its_validation_goes_on_with_that(tmp_path, monkeypatch, method):
+    argv = flags(f"{DUMMY} {method}", epochs=1)
+    folder, whole = tmp_path / "a", tmp_path / "b"
+
+    def stop(run):
+        run.save()
+        raise train_imagenet.Stopped(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_imagenet, "evaluate", stop)
+        assert main([*argv, "--checkpoint-dir", str(folder)]) == 143
+    assert read_checkpoint(folder / "last.pt")["progress"]["batch"] == 6
+    assert main([*argv, "--checkpoint-dir", str(folder), "--resume"]) == 0
+    assert main([*argv, "--checkpoint-dir", str(whole)]) == 0
+    assert equal(end_of(folder), end_of(whole))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method, kills", (("", 20), (HESSIAN.replace("size 4", "size 2"), 20)))
 def test_twenty_kills_change_nothing(tmp_path, method, kills):
