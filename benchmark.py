@@ -1,5 +1,6 @@
 """Measure the solve: python3 benchmark.py {solve,layers,shapes} [--out-dir runs/benchmark] [--quick]
          training:  python3 benchmark.py training PROBLEM (its own options: python3 benchmark.py training --help)
+         ImageNet:  python3 benchmark.py imagenet {throughput,steps,compare}
 
     solve    the rows of the README's table: factor and solve, beside a dense Hessian with LU, and MINRES
     layers   time against the number of layers, with a log-log picture
@@ -261,6 +262,10 @@ def main(argv: list[str] | None = None) -> int:
         from benchmark_training import main as training
 
         return training(argv[1:])
+    if argv[:1] == ["imagenet"]:
+        from benchmark_imagenet import main as imagenet
+
+        return imagenet(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--out-dir", type=Path, default=Path("runs/benchmark"))

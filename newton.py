@@ -44,11 +44,11 @@ from hessian import (
     _modified,
 )
 from hessian_checks import checked_nonnegative
-from hessian_costs import count_operations, shapes_of_layers
+from hessian_costs import count_operations, route_costs, shapes_of_layers
 from hessian_gram import DampedSystem, GramSystem, count_gram_operations
 from newton_trust_region import TrustRegionStep, _trust_region, trust_region_step
 
-__all__ = ["DampedNewton", "StepReport", "TrustRegionStep", "trust_region_step"]
+__all__ = ["DampedNewton", "StepCost", "StepReport", "TrustRegionStep", "trust_region_step"]
 
 
 class _Search(NamedTuple):
@@ -79,6 +79,13 @@ _SLOW_STEPS, _SLOW_DECREASE = 5, 0.02  # Gauss–Newton is slow: so many steps l
 _LITTLE_LEFT = 0.1  # and its undamped model promises less than this part of f
 _ROUNDING = 1e-13  # relative to f: what decides nothing
 _INVISIBLE = 1e-9  # relative to f: a decrease that trials can't be compared by
+# vectors of all parameters in float64: kept in a step, alive beside them around the solve, and (of the reduced) in it
+_KEPT_VECTORS, _UPDATE_VECTORS, _SOLVE_VECTORS = 4, 7, 20
+# and passed through memory: in a step, for each λ, for each trial
+_STEP_TRAFFIC, _SOLVE_TRAFFIC, _TRIAL_TRAFFIC = 50, 130, 6
+_SWEEP_RATE = 0.6  # of a product's: triangular solves and Cholesky are slower
+_SPAN_PASSES = 3  # products of the span's basis with a first layer, in a step
+_WIDE_LAYER = 2**20  # weights; a first layer of so many, and few samples, is restricted to the samples' span
 _TRIAL_NUMBERS = 2**26  # numbers in the trial parameters and activations that one forward pass may hold
 
 
@@ -96,10 +103,42 @@ class StepReport(NamedTuple):
     certified: bool  # H + (c + htol)I was found positive definite at a point with ‖g‖ ≤ gtol
 
 
-class _Candidates(NamedTuple):
-    """Trial steps (k, P) with the λ and the length that each has."""
+class StepCost(NamedTuple):
+    """What a step takes, to leading order: `DampedNewton.estimate_step`."""
 
-    steps: Tensor
+    route: str  # 'gram', 'sweep' or 'dense'
+    num_dampings: int  # λ tried
+    operations: float  # of float64; one of a float32 forward pass counts as half
+    traffic: float  # bytes read and written by what is bound by memory
+    bytes: float  # at the peak, the model and the batch included
+
+    def seconds(self, operations_per_second: float, bytes_per_second: float) -> float:
+        return self.operations / operations_per_second + self.traffic / bytes_per_second
+
+
+class _Steps:
+    """Trial steps as sums of a few vectors, row i Σ c·v over its terms; formed one at a time, for all of them may be
+    more than memory holds."""
+
+    def __init__(self, terms: list[tuple[tuple[float, Tensor], ...]]):
+        self._terms = terms
+
+    def __len__(self) -> int:
+        return len(self._terms)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """(P,), a new tensor."""
+        (c, v), *rest = self._terms[index]
+        step = c * v
+        for c, v in rest:
+            step += c * v
+        return step
+
+
+class _Candidates(NamedTuple):
+    """Trial steps with the λ and the length that each has."""
+
+    steps: _Steps
     dampings: list[float]
     lengths: list[float]
 
@@ -113,14 +152,62 @@ class _Trial(NamedTuple):
     length: float
 
 
+class _Span(NamedTuple):
+    """The first layer where a step can change it: in the batch's inputs, and along each row's rest, which decays.
+
+    X (a, d) = Y Qᵀ + diag(s) U, Q an orthonormal basis of the row space of z̃ (N, d), U the part of W̃ outside of it,
+    with rows of length 1. The gradient lies in there, L2 term included, and H acts on Y alone. So a step is one of a
+    network with N + 1 inputs [z̃Q, 0] and the first weight [Y, s], however many pixels there are. (metric='state' by the
+    Gram route is then that of this network: its mean square of an input is one over the N + 1.)
+    """
+
+    basis: Tensor  # (d, N) Q
+    outside: Tensor  # (a, d) U
+    width: int  # a′ = d without the bias
+    inputs: Tensor  # (N, N + 1)
+    weight: Tensor  # (a, N + 1)
+
+    @classmethod
+    def of(cls, layer: LayerDerivatives, bias: Tensor | None) -> _Span:
+        Q, R = torch.linalg.qr(layer.inputs.mT)
+        U = layer.weight if bias is None else torch.cat([layer.weight, bias.to(layer.weight)[:, None]], 1)
+        Y = U @ Q
+        U = U - Y @ Q.mT
+        s = torch.linalg.vector_norm(U, dim=1, keepdim=True)
+        U /= torch.where(s > 0, s, 1.0)
+        inputs = torch.cat([R.mT, R.new_zeros(len(R), 1)], 1)
+        return cls(Q, U, layer.weight.shape[1], inputs, torch.cat([Y, s], 1))
+
+    def shrink(self, v: Tensor) -> Tensor:
+        """The part of a flat v (P,) that lies in there, in the coordinates (Y, s) and those of the other layers."""
+        a, d = self.outside.shape
+        weight, bias, rest = v.tensor_split((a * self.width, a * d))
+        weight, bias = weight.view(a, -1), bias.view(a, -1)
+        Y = weight @ self.basis[: self.width] + bias @ self.basis[self.width :]
+        s = torch.linalg.vecdot(weight, self.outside[:, : self.width]) + (bias * self.outside[:, self.width :]).sum(1)
+        return torch.cat([torch.cat([Y, s[:, None]], 1).flatten(), rest])
+
+    def expand(self, v: Tensor) -> Tensor:
+        """The inverse: flat, (P,)."""
+        first, rest = v.tensor_split((self.weight.numel(),))
+        Y, s = first.view_as(self.weight).tensor_split((len(self.inputs),), 1)
+        X = torch.addcmul(Y @ self.basis.mT, s, self.outside)
+        return torch.cat([X[:, : self.width].flatten(), X[:, self.width :].flatten(), rest])
+
+
 class _Objective:
     """f at many parameter vectors at once, in one batched forward pass in the model's dtype."""
 
-    def __init__(self, model: DeepMLPWithTracking, weight_decay: float):
+    def __init__(self, model: DeepMLPWithTracking, weight_decay: float, span: _Span | None = None):
         self.model, self.weight_decay = model, weight_decay
         self.inputs, self.targets = model._tracked.inputs, model._tracked.targets
-        parameters = list(model.parameters())
-        self.theta = torch.cat([p.detach().flatten() for p in parameters]).double()
+        parameters = [p.detach() for p in model.parameters()]
+        self._biases = [linear.bias is not None for linear in model.layers]
+        if span is not None:
+            self.inputs = span.inputs.to(self.inputs.dtype)
+            parameters = [span.weight, *parameters[1 + self._biases[0] :]]
+            self._biases[0] = False
+        self.theta = torch.cat([p.flatten().double() for p in parameters])
         self._sizes = [p.numel() for p in parameters]
         widest = max(len(layer.weight) for layer in model.layers)
         self.rows = max(1, _TRIAL_NUMBERS // (len(self.theta) + 4 * len(self.inputs) * widest))
@@ -129,18 +216,25 @@ class _Objective:
         """(k, N, C) at θ (k, P)."""
         pieces = iter(theta.to(self.inputs.dtype).split(self._sizes, 1))
         z, last = self.inputs.expand(len(theta), *self.inputs.shape), len(self.model.layers) - 1
-        for index, linear in enumerate(self.model.layers):
+        for index, bias in enumerate(self._biases):
             weight = next(pieces).view(len(theta), -1, z.shape[2]).mT
-            h = torch.bmm(z, weight) if linear.bias is None else torch.baddbmm(next(pieces)[:, None, :], z, weight)
+            h = torch.baddbmm(next(pieces)[:, None, :], z, weight) if bias else torch.bmm(z, weight)
             z = h if index == last else self.model.activate(index, h, z)
         return z
 
     def __call__(self, theta: Tensor) -> Tensor:
         """f (k,) at θ (k, P); where it overflows, NaN or infinite."""
-        theta = theta.to(self.inputs.dtype).double()  # what the parameters would be
-        parts = theta.split(self.rows)
-        loss = torch.cat([accurate_loss(self.model, self.logits(part).double(), self.targets) for part in parts])
-        return loss + 0.5 * self.weight_decay * (theta * theta).sum(1) if self.weight_decay else loss
+        theta = theta.to(self.inputs.dtype)  # what the parameters would be
+        loss = accurate_loss(self.model, self.logits(theta).double(), self.targets)
+        return loss + 0.5 * self.weight_decay * theta.double().square().sum(1) if self.weight_decay else loss
+
+    def after(self, steps: Sequence[Tensor]) -> Tensor:
+        """f (k,) after each of the steps, as many in one forward pass as memory is planned for."""
+        values = []
+        for start in range(0, len(steps), self.rows):
+            moved = [steps[i].add_(self.theta) for i in range(start, min(start + self.rows, len(steps)))]
+            values.append(self(torch.stack(moved) if len(moved) > 1 else moved[0][None]))
+        return torch.cat(values)
 
     def gradient_norm(self, theta: Tensor) -> float:
         with torch.enable_grad():
@@ -226,6 +320,8 @@ class DampedNewton(torch.optim.Optimizer):
 
     Cost of a step, k samples, K = C − 1 (or C) and P parameters: the Gram route's 2 (kK)² Σa + (kK)³/3 for each λ, or a
     sweep for each λ (`factorize_hessian`); about 10 forward passes on the whole batch for the trials.
+    `estimate_step` says it before. A first layer of 2²⁰ weights or more, with four times more inputs than samples, is
+    restricted to what a step can change: the same step, but for a state metric by the Gram route (`_Span`).
     Raises what `factorize_hessian` raises for a loss that is not the tracked one. Not checked: that the closure returns
     the loss of the same data at each step; it need not.
     """
@@ -279,8 +375,8 @@ class DampedNewton(torch.optim.Optimizer):
             "ending": False,  # f shows no difference any more
             "patience": _SLOW_STEPS,  # Gauss–Newton steps before the exact Hessian is tried
             "objectives": [],  # of the last Gauss–Newton steps
-            "momentum": torch.zeros(len(_MEMORIES), sum(p.numel() for p in model.parameters())).to(
-                next(model.parameters()).detach()
+            "momentum": next(model.parameters()).new_zeros(
+                len(_MEMORIES), sum(p.numel() for p in model.parameters()), requires_grad=False
             ),
         }
 
@@ -293,18 +389,25 @@ class DampedNewton(torch.optim.Optimizer):
             raise ValueError("DampedNewton has one parameter group, all parameters of the model: H couples them all")
         super().add_param_group(param_group)
 
+    def estimate_step(self, batch_size: int, num_dampings: int | None = None) -> StepCost:
+        """What a step on a batch of this size takes, before it is taken; the model may be one on the meta device.
+
+        num_dampings: λ that it tries (`report.num_trials`); None: 3 by the Gram route, which brackets the best one,
+        else 1, the least: a λ that is not good enough is raised, for another factorization.
+        """
+        return _step_cost(self._model, self.param_groups[0], batch_size, num_dampings)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
         """One step; returns the closure's loss, that before the step."""
         _check_options(self.param_groups[0])  # they may have been changed
         with torch.enable_grad():
             loss = closure()
-        layers = _checked_derivatives(self._model, loss)
         mine, now = self.param_groups[0]["params"], list(self._model.parameters())
         if len(mine) != len(now) or any(p is not q for p, q in zip(mine, now, strict=True)):
             raise ValueError("the model has other parameters than at construction: make a new DampedNewton of it")
         with torch.autocast(loss.device.type, enabled=False):
-            _Step(self, layers).take()
+            _Step(self, _checked_derivatives(self._model, loss)).take()
         return loss
 
 
@@ -332,11 +435,16 @@ class _Step:
     """One step of a DampedNewton: everything that lives no longer than that."""
 
     def __init__(self, optimizer: DampedNewton, layers: tuple[LayerDerivatives, ...]):
-        self.optimizer, self.layers = optimizer, layers
+        self.optimizer = optimizer
+        self.span = None
+        if _is_wide(*layers[0].inputs.shape, len(layers[0].weight)):
+            self.span = _Span.of(layers[0], optimizer._model.layers[0].bias)
+            layers = (layers[0]._replace(weight=self.span.weight, inputs=self.span.inputs), *layers[1:])
+        self.layers = layers
         (self.group,) = optimizer.param_groups
         self.state = optimizer.state[self.group["params"][0]]
         self.weight_decay = self.group["weight_decay"]
-        self.objective = _Objective(optimizer._model, self.weight_decay)
+        self.objective = _Objective(optimizer._model, self.weight_decay, self.span)
         self.theta = self.objective.theta
         self.gradient = _gradient(layers)
         if self.weight_decay:
@@ -436,7 +544,7 @@ class _Step:
             self.finish("saddle", None)
             return
         lengths = [sign * length for length in _SADDLE_LENGTHS for sign in (1.0, -1.0)]
-        steps = torch.stack([length * found.step for length in lengths])
+        steps = _Steps([((length, found.step),) for length in lengths])
         best = self.best_of(_Candidates(steps, [found.damping] * len(lengths), lengths))
         self.finish("saddle", best)
 
@@ -456,8 +564,8 @@ class _Step:
         """The candidate with the lowest f; NaN counts as infinite."""
         steps = candidates.steps
         if math.isnan(self.before):  # f itself in the same pass, so that rounding is the same
-            steps = torch.cat([torch.zeros_like(steps[:1]), steps])
-        values = self.objective(self.theta + steps)
+            steps = _Steps([((0.0, self.theta),), *steps._terms])
+        values = self.objective.after(steps)
         if math.isnan(self.before):
             self.before, values = float(values[0]), values[1:]
         value, index = torch.where(values.isfinite(), values, math.inf).min(0)
@@ -511,9 +619,10 @@ class _Step:
             return best
         if self.state["step"] == 1:
             return best
-        momentum = self.state["momentum"].double()
-        along = (1 - momentum.new_tensor(_MEMORIES))[:, None] * momentum
-        rows = best.step + (momentum.new_tensor(_EXTENSIONS)[:, None, None] * along).flatten(0, 1)
+        along = [(1 - memory) * m.double() for memory, m in zip(_MEMORIES, self.state["momentum"], strict=True)]
+        if self.span is not None:
+            along = [self.span.shrink(m) for m in along]
+        rows = _Steps([((1.0, best.step), (c, m)) for c in _EXTENSIONS for m in along])
         found = self.best_of(_Candidates(rows, [best.damping] * len(rows), [best.length] * len(rows)))
         return found if found.value < best.value else best
 
@@ -541,10 +650,10 @@ class _Step:
             parameters = self.group["params"]
             # in the parameters' dtype, as load_state_dict would leave it; a new tensor, since a state_dict may share it
             momentum = self.state["momentum"].to(parameters[0])
-            self.state["momentum"] = momentum.new_tensor(_MEMORIES)[:, None] * momentum + trial.step.to(momentum)
-            pieces = (self.theta + trial.step).split([p.numel() for p in parameters])
-            for p, piece in zip(parameters, pieces, strict=True):
-                p.copy_(piece.view_as(p))
+            step = trial.step if self.span is None else self.span.expand(trial.step)
+            self.state["momentum"] = (momentum.new_tensor(_MEMORIES)[:, None] * momentum).add_(step.to(momentum))
+            for p, piece in zip(parameters, step.split([p.numel() for p in parameters]), strict=True):
+                p.copy_(p + piece.view_as(p))  # the sum in float64
         optimizer.stalled = not accepted and not optimizer.converged
         value, _, damping, length = trial or _Trial(math.nan, None, math.nan, math.nan)
         optimizer.report = StepReport(
@@ -555,12 +664,7 @@ class _Step:
     # ------------------------------------------------------------------------------------------------ the systems
 
     def by_gram(self) -> bool:
-        route = self.group["route"]
-        if route == "auto":
-            operations = self.operations()
-            gram = count_gram_operations(self.curvature_layers, self.group["metric"], self.weight_decay, 3)
-            return gram <= min(operations.values())
-        return route == "gram"
+        return _by_gram(self.curvature_layers, self.group)
 
     def gram_system(self) -> GramSystem:
         """That of this step, with the gradient as Jᵀw where the batch has a w with all its digits."""
@@ -574,15 +678,18 @@ class _Step:
         return self._gram
 
     def gram_steps(self, dampings: Sequence[float], corrected: bool = True) -> _Candidates | None:
-        gram = self.gram_system()
-        systems = {damping: damped for damping in dampings if (damped := gram.at(damping)) is not None}
-        if not systems:
+        gram, found, systems = self.gram_system(), {}, []
+        corrected = corrected and self.optimizer._model.loss == "mse" and self.of_batch
+        for damping in dampings:
+            damped = gram.at(damping)
+            if damped is not None:
+                found[damping] = gram.step(damped)
+                systems += [damped] if corrected else []  # else its matrices are no longer needed
+        if not found:
             return None
-        x, Jx = (torch.stack(z) for z in zip(*map(gram.step, systems.values()), strict=True))
-        y = None
-        if corrected and self.optimizer._model.loss == "mse" and self.of_batch:
-            y = self.corrections(list(systems.values()), x, Jx)
-        return self.candidates(list(systems), x, y)
+        x, Jx = zip(*found.values(), strict=True)
+        y = self.corrections(systems, torch.stack(x), torch.stack(Jx)) if corrected else None
+        return self.candidates(list(found), x, y)
 
     def corrections(self, systems: Sequence[DampedSystem], x: Tensor, Jx: Tensor) -> Tensor:
         """−½ (JᵀJ + cI + λD)⁻¹ Jᵀ Sᵀs₂ (m, P), s₂ the second derivative of the logits along x, by a one-sided
@@ -598,15 +705,19 @@ class _Step:
         longest = _LONGEST_CORRECTION * torch.linalg.vector_norm(x, dim=1, keepdim=True)
         return y * (longest / torch.linalg.vector_norm(y, dim=1, keepdim=True)).clamp(max=1.0)
 
-    def candidates(self, dampings: Sequence[float], x: Tensor, y: Tensor | None = None) -> _Candidates:
+    def candidates(
+        self, dampings: Sequence[float], x: Sequence[Tensor], y: Sequence[Tensor] | None = None
+    ) -> _Candidates:
         """a x, and a x + a² y where there are corrections y, for each λ and length a."""
         lengths = self.search.lengths
-        a = x.new_tensor(lengths)[:, None]
-        steps = a * x[:, None]  # (m, lengths, P)
+        rows = [[((a, step),) for a in lengths] for step in x]
         if y is not None:
-            steps = torch.cat([steps, steps + a**2 * y[:, None]], 1)
+            rows = [
+                [*plain, *(((a, step), (a**2, bend)) for a in lengths)]
+                for plain, step, bend in zip(rows, x, y, strict=True)
+            ]
             lengths = lengths + lengths
-        return _Candidates(steps.flatten(0, 1), [d for d in dampings for _ in lengths], [*lengths] * len(dampings))
+        return _Candidates(_Steps(sum(rows, [])), [d for d in dampings for _ in lengths], [*lengths] * len(dampings))
 
     def sweep_steps(self, dampings: Sequence[float]) -> _Candidates | None:
         return self.exact_steps("gauss_newton", dampings)
@@ -614,13 +725,9 @@ class _Step:
     def hessian_steps(self, dampings: Sequence[float]) -> _Candidates | None:
         return self.exact_steps("hessian", dampings)
 
-    def operations(self) -> dict[str, float]:
-        """Of a factorization of the curvature by each route of hessian.py."""
-        return count_operations(shapes_of_layers(self.curvature_layers), len(self.curvature_layers[0].inputs))
-
     def is_dense(self) -> bool:
         """Whether forming H is the cheaper route."""
-        operations = self.operations()
+        operations = _operations(self.curvature_layers)
         return min(operations, key=operations.get) == "dense"
 
     def dense_hessian(self) -> Tensor | None:
@@ -645,18 +752,90 @@ class _Step:
             x, residual = factorization._refined(-self.gradient[:, None], _SOLVE_RTOL)
             if float(residual) <= _SOLVE_RTOL:  # else this λ is too small for float64, and a larger one is tried
                 found[damping] = x[:, 0]
-        return self.candidates(list(found), torch.stack(list(found.values()))) if found else None
+        return self.candidates(list(found), list(found.values())) if found else None
 
 
-def _sweep_bytes(layers: Sequence[LayerDerivatives]) -> int:
-    """What a factorization by sweeps keeps, Σ m² + m n′ numbers, and the three matrices of its largest layer."""
-    kept, largest = 0, 0
-    for index, layer in enumerate(layers):
-        (a, width), (N, d) = layer.weight.shape, layer.inputs.shape
-        m = a * min(N, d)
-        kept += m * m + (m * N * width if index else 0)
-        largest = max(largest, m, N * a)
-    return 8 * (kept + 3 * largest**2)
+def _is_wide(N: int, d: int, a: int) -> bool:
+    """Whether a first layer of d inputs and a units is worth restricting to the batch's span."""
+    return a * d >= _WIDE_LAYER and d >= 4 * (N + 1)
+
+
+def _by_gram(layers: Sequence[LayerDerivatives], group: dict) -> bool:
+    """Whether Gauss–Newton steps are by the Gram matrix: as asked for, or by counted operations."""
+    if group["route"] == "auto":
+        operations = _operations(layers)
+        return count_gram_operations(layers, group["metric"], group["weight_decay"], 3) <= min(operations.values())
+    return group["route"] == "gram"
+
+
+def _meta_layers(model: DeepMLPWithTracking, batch_size: int) -> tuple[LayerDerivatives, ...]:
+    """The shapes of the layers' derivatives, without numbers."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float64, device="meta")
+
+    layers = []
+    for linear, skip in zip(model.layers, model.skips, strict=True):
+        a, d = len(linear.weight), linear.weight.shape[1] + (linear.bias is not None)
+        output = None
+        if linear is model.layers[-1]:
+            output = OutputHessian(empty(batch_size, a), model.loss == "cross_entropy")
+        state = empty(batch_size, a)
+        layers.append(
+            LayerDerivatives(empty(*linear.weight.shape), empty(batch_size, d), state, state, state, skip, output)
+        )
+    return tuple(layers)
+
+
+def _step_cost(model: DeepMLPWithTracking, group: dict, batch_size: int, num_dampings: int | None) -> StepCost:
+    """By counting: the solves' leading terms, the passes over the whole batch, and the vectors of all parameters."""
+    size, N, P = group["curvature_batch"], batch_size, sum(p.numel() for p in model.parameters())
+    of_batch = size is None or size >= N
+    layers = _meta_layers(model, N)
+    a, d = len(layers[0].weight), layers[0].inputs.shape[1]
+    half = 0.5 if next(model.parameters()).dtype == torch.float32 else 1.0
+    operations = 2 * N * P * (half + 3)  # the closure's forward pass, and the closed form's forward, backward, gradient
+    if _is_wide(N, d, a):
+        weight, inputs = (torch.empty(rows, N + 1, device="meta") for rows in (a, N))
+        layers = (layers[0]._replace(weight=weight, inputs=inputs), *layers[1:])
+        operations += 4 * d * N**2 + 2 * N * d * a * _SPAN_PASSES
+    reduced = sum(len(layer.weight) * layer.inputs.shape[1] for layer in layers)
+    layers = layers if of_batch else _sub_batch(layers, torch.arange(size, device="meta"))
+    counted = _operations(layers)
+    route = min(counted, key=counted.get)
+    if group["curvature"] != "hessian" and _by_gram(layers, group):
+        route = "gram"
+    tries = num_dampings or (3 if route == "gram" else 1)
+    trials = tries * len(_SEARCH[group["metric"] if of_batch else "sub-batch"].lengths)
+    operations += 2 * N * reduced * half * trials
+    traffic = 8 * (P * _STEP_TRAFFIC + reduced * (_TRIAL_TRAFFIC * trials + _SOLVE_TRAFFIC * tries))
+    state = 8 * sum(len(layer.weight) for layer in layers)  # bytes of a sample's
+    if route == "gram":
+        n = len(layers[0].inputs) * (len(layers[-1].weight) - layers[-1].output.zero_sum)
+        matrices = tries if group["metric"] == "state" and group["weight_decay"] else 1
+        operations += count_gram_operations(layers, group["metric"], group["weight_decay"], tries)
+        traffic += 8 * n * n * (4 * len(layers) * matrices + 4 * tries)
+        kept, solve = 8 * n * n + 2 * n * state, 8 * 4 * n * n + 3 * n * state
+    elif route == "sweep":
+        operations += counted[route] * tries / _SWEEP_RATE
+        kept, solve = 0, _sweep_bytes(layers)
+    else:
+        formed_once = group["curvature"] == "hessian" and group["metric"] == "parameter"
+        forming = counted[route] - reduced**3 / 3
+        operations += tries * reduced**3 / 3 + (1 if formed_once else tries) * forming
+        kept, solve = 0, 8 * 3 * reduced**2
+    batch = 8 * N * 2 * d + 5 * N * state
+    alive = max(solve + 8 * reduced * _SOLVE_VECTORS, kept + 8 * P * _UPDATE_VECTORS)
+    return StepCost(route, tries, operations, traffic, batch + 8 * P * _KEPT_VECTORS + alive)
+
+
+def _operations(layers: Sequence[LayerDerivatives]) -> dict[str, float]:
+    """Of a factorization of the curvature by each route of hessian.py, 'gram' apart."""
+    return count_operations(shapes_of_layers(layers), len(layers[0].inputs))
+
+
+def _sweep_bytes(layers: Sequence[LayerDerivatives]) -> float:
+    return route_costs(shapes_of_layers(layers), len(layers[0].inputs))["sweep"].bytes
 
 
 def _definite_factorization(

@@ -892,6 +892,64 @@ def test_accurate_loss():
     assert accurate_loss(model, h[None], soft)[0].item() == pytest.approx(model._loss(h, soft).item(), rel=1e-12)
 
 
+WIDE = Case((7, 6), 9, inputs=60, classes=4)
+
+
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("size", (None, 5))
+@pytest.mark.parametrize(
+    "options",
+    [{"route": "sweep"}, {"curvature": "hessian"}, {"metric": "parameter"}, {"metric": "parameter", "route": "sweep"}],
+    ids=str,
+)
+def test_a_wide_first_layer_moves_in_the_span_of_its_inputs(monkeypatch, options, size, bias):
+    """The same steps as in all its weights, earlier steps and decay included."""
+
+    def trained(wide: int) -> tuple[Tensor, list]:
+        monkeypatch.setattr(newton, "_WIDE_LAYER", wide)
+        model, x, y = WIDE._replace(bias=bias).build()
+        optimizer, reports = DampedNewton(model, curvature_batch=size, weight_decay=1e-2, **options), []
+        for _ in range(5):
+            optimizer.step(closure_of(model, x, y))
+            reports.append(optimizer.report)
+        return parameters_of(model), reports
+
+    (all_weights, expected), (in_span, found) = trained(2**20), trained(1)
+    assert relative(in_span - all_weights, all_weights) < 1e-11
+    for a, b in zip(expected, found, strict=True):
+        assert a[:2] + a[5:] == b[:2] + b[5:] and a[2:5] == pytest.approx(b[2:5], rel=1e-11)
+
+
+def test_a_wide_first_layer_by_the_gram_route(monkeypatch):
+    monkeypatch.setattr(newton, "_WIDE_LAYER", 1)
+    model, x, y = WIDE.build()
+    optimizer = DampedNewton(model, route="gram")
+    losses = [optimizer.step(closure_of(model, x, y)).item() for _ in range(8)]
+    assert losses[-1] < 1e-3 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "case, options, route",
+    (
+        (Case((16,) * 10, 24, inputs=16, classes=8), {"route": "gram"}, "gram"),
+        (Case((16,) * 10, 24, inputs=16, classes=8), {"route": "sweep"}, "sweep"),
+        (Case((12,) * 8, 20, inputs=4096, classes=300), {"curvature_batch": 6}, "sweep"),
+        (Case((4, 4), 60, inputs=4, classes=3), {"curvature": "hessian", "metric": "parameter"}, "dense"),
+    ),
+)
+def test_a_step_is_estimated_by_its_operations(monkeypatch, case, options, route):
+    """To 25 % of what is counted in it; on the meta device as on the model itself."""
+    monkeypatch.setattr(newton, "_SWEEP_RATE", 1.0)
+    monkeypatch.setattr(newton, "_WIDE_LAYER", 1000)
+    model, x, y = case.build()
+    optimizer = DampedNewton(model, damping=1e3, **options)
+    counted = counted_operations(lambda: optimizer.step(closure_of(model, x, y)))
+    cost = optimizer.estimate_step(len(x), optimizer.report.num_trials)
+    assert cost.route == route and optimizer.report.num_trials == cost.num_dampings
+    assert cost.operations == pytest.approx(counted, rel=0.25)
+    assert DampedNewton(model.to("meta"), damping=1e3, **options).estimate_step(len(x), cost.num_dampings) == cost
+
+
 def test_metric_is_chosen_by_the_inputs():
     one, many = DeepMLPWithTracking(1, 4, 1, 2, loss="mse"), DeepMLPWithTracking(2, 4, 1, 2, loss="mse")
     assert DampedNewton(one).param_groups[0]["metric"] == "parameter"

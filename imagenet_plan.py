@@ -1,0 +1,201 @@
+"""The model that the flags of train_imagenet.py describe, and the memory and the seconds that a step of it takes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hessian import DeepMLPWithTracking
+from imagenet_data import DUMMY_CLASSES
+from imagenet_runtime import RunError, World
+from newton import DampedNewton, StepCost
+
+
+def training_bytes(args: argparse.Namespace, num_parameters: int, ranks: int) -> int:
+    """Of the plain steps: weights, gradients, momentum (and what is exchanged), and the batches that wait."""
+    number = 8 if args.precision == "float64" else 4
+    images = args.batch_size // ranks * input_dim(args)
+    waiting = 2 * args.num_workers + 2
+    return number * num_parameters * (3 + (ranks > 1)) + 4 * images * waiting + number * images
+
+
+def input_dim(args: argparse.Namespace) -> int:
+    return args.image_size**2 * (1 if args.grayscale else 3)
+
+
+def build_model(args: argparse.Namespace, num_classes: int) -> DeepMLPWithTracking:
+    model = DeepMLPWithTracking(
+        input_dim(args), args.hidden_dim, num_classes, args.num_layers - 1, args.activation, residual=args.residual
+    )
+    return model.to(getattr(torch, args.precision))
+
+
+class Machine(NamedTuple):
+    operations: float  # of float64 products, a second
+    traffic: float  # bytes a second
+    memory: float  # bytes
+
+
+def measure_machine(args: argparse.Namespace, device: torch.device) -> Machine:
+    """The rates that turn an estimate into seconds, by a product and by a sum that memory bounds; the baseline has no
+    use for them."""
+    if not (args.use_hessian or args.estimate):
+        return Machine(math.inf, math.inf, memory_of(args, device))
+    size, numbers = (1024, 2**22) if device.type == "cpu" else (8192, 2**28)
+    a = torch.rand(size, size, dtype=torch.float64, device=device)
+    v = torch.rand(numbers, dtype=torch.float64, device=device)
+
+    def seconds(work: Callable[[], Tensor]) -> float:
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            work()[:1].sum().item()  # waits for a GPU
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    return Machine(
+        2 * size**3 / seconds(lambda: a @ a), 16 * numbers / seconds(lambda: v + 1.0), memory_of(args, device)
+    )
+
+
+def memory_of(args: argparse.Namespace, device: torch.device) -> float:
+    """Bytes that the run may take: as asked for, or what is free."""
+    if args.memory_gib:
+        return args.memory_gib * 2**30
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, StopIteration):  # Linux knows what is free, not only what is there
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, ValueError):  # the limit of a container; 'max' where it has none
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return free
+
+
+def step_cost(args: argparse.Namespace, num_classes: int, hessian_batch_size: int) -> StepCost:
+    with torch.device("meta"):
+        model = build_model(args, num_classes)
+    options = dict(curvature=args.curvature, metric=args.metric, weight_decay=args.weight_decay)
+    return DampedNewton(model, curvature_batch=hessian_batch_size, **options).estimate_step(args.batch_size)
+
+
+def sizes_of(args: argparse.Namespace) -> list[int]:
+    """Sub-batches that are tried: powers of two, and the whole batch."""
+    return [k for n in range(20) if (k := 2**n) < args.batch_size] + [args.batch_size]
+
+
+def plan(args: argparse.Namespace, num_classes: int, machine: Machine, ranks: int) -> tuple[int | None, float]:
+    """The largest sub-batch that memory and --hessian-seconds allow (at least 1, where memory allows that), and what
+    the plain steps take; None where nothing fits."""
+    plain = training_bytes(args, num_parameters(args, num_classes), ranks)
+    chosen = None
+    for k in sizes_of(args) if args.use_hessian else ():
+        cost = step_cost(args, num_classes, k)
+        slow = cost.seconds(machine.operations, machine.traffic) > args.hessian_seconds
+        if cost.bytes + plain > machine.memory or (slow and chosen):
+            break
+        chosen = k
+        if slow:
+            break
+    return chosen, plain
+
+
+def num_parameters(args: argparse.Namespace, num_classes: int) -> int:
+    widths = [input_dim(args), *[args.hidden_dim] * (args.num_layers - 1), num_classes]
+    return sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2g} GiB" if size < 2**33 else f"{size / 2**30:.0f} GiB"
+
+
+def choose_by_cost(args: argparse.Namespace, world: World, num_classes: int) -> None:
+    """Set --hessian-batch-size where it was not given, and say what a step costs; RunError where memory forbids it."""
+    machine = world.from_first(lambda: measure_machine(args, world.device))
+    chosen, plain = plan(args, num_classes, machine, world.ranks)
+    if not args.use_hessian:
+        if plain > machine.memory:
+            raise RunError(
+                too_large("a plain step", plain, machine, what_fits(args, num_classes, machine, world.ranks))
+            )
+        return
+    asked = args.hessian_batch_size
+    cost = step_cost(args, num_classes, asked or chosen or 1)
+    if cost.bytes + plain > machine.memory:
+        fits = f"--hessian-batch-size {chosen}" if chosen else what_fits(args, num_classes, machine, world.ranks)
+        what = f"a Hessian step on {asked or 1} of {args.batch_size} images"
+        raise RunError(too_large(what, cost.bytes + plain, machine, fits))
+    args.hessian_batch_size = asked or chosen
+    seconds = cost.seconds(machine.operations, machine.traffic)
+    world.say(
+        f"Hessian step: curvature of {args.hessian_batch_size} of {args.batch_size} images, route {cost.route}, about "
+        f"{cost.operations:.1e} operations, {gib(cost.bytes)}, {seconds:.3g} s for {cost.num_dampings} damping"
+        f"{'s' * (cost.num_dampings > 1)} (measured here: {machine.operations:.1e} operations/s, "
+        f"{machine.traffic:.1e} bytes/s; free: {gib(machine.memory)})"
+    )
+    world.say(
+        "--lr drives the plain steps. The Newton step finds its own length, and SGD's momentum starts anew after it."
+    )
+
+
+def too_large(what: str, size: float, machine: Machine, fits: str) -> str:
+    return f"{what} takes about {gib(size)}, and {gib(machine.memory)} is free: pass {fits}"
+
+
+def what_fits(args: argparse.Namespace, num_classes: int, machine: Machine, ranks: int) -> str:
+    """The first of a few flags that fit; with --use-hessian, with a sub-batch of one image at least."""
+    narrow = {"image_size": 64, "grayscale": True}
+    for flags in (
+        {"grayscale": True},
+        {"image_size": 64},
+        narrow,
+        {**narrow, "hidden_dim": max(1, args.hidden_dim // 4)},
+        {**narrow, "hidden_dim": max(1, args.hidden_dim // 4), "batch_size": max(1, args.batch_size // 8) * ranks},
+    ):
+        setup = argparse.Namespace(**{**vars(args), **flags, "hessian_batch_size": None})
+        chosen, plain = plan(setup, num_classes, machine, ranks)
+        if plain <= machine.memory and (chosen or not args.use_hessian):
+            words = (
+                f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in flags.items()
+            )
+            return " ".join(words)
+    return "--image-size 32 --grayscale, a smaller --hidden-dim and --batch-size, or find more memory"
+
+
+SETTINGS = {
+    "Hessian": dict(batch_size=64, hidden_dim=256, num_layers=20),
+    "tall and skinny": dict(batch_size=32, hidden_dim=128, num_layers=40),
+    "balanced": dict(batch_size=64, hidden_dim=256, num_layers=20, hessian_freq=5),
+    "short and fat": dict(batch_size=256, hidden_dim=1024, num_layers=5),
+}
+
+
+def print_estimates(args: argparse.Namespace, world: World) -> None:
+    """What fits for the recommended settings, and the seconds that it takes on this machine."""
+    machine = measure_machine(args, world.device)
+    world.say(
+        f"Seconds of a step here, at {machine.operations:.2g} float64 operations/s and {machine.traffic:.2g} bytes/s:\n"
+    )
+    world.say("| setting | plain steps | memory | largest sub-batch | bytes | operations | seconds |")
+    world.say("| --- " * 7 + "|")
+    for name, setting in SETTINGS.items():
+        for memory in (24, 80):
+            setup = argparse.Namespace(**{**vars(args), **setting, "use_hessian": True, "hessian_seconds": math.inf})
+            k, plain = plan(setup, DUMMY_CLASSES, machine._replace(memory=memory * 2**30), 1)
+            row = f"| {name} | {gib(plain)} | {memory} GiB |"
+            if k:
+                cost = step_cost(setup, DUMMY_CLASSES, k)
+                seconds = cost.seconds(machine.operations, machine.traffic)
+                row += f" {k}, {cost.route} | {gib(cost.bytes)} | {cost.operations:.1e} | {seconds:.3g} |"
+            world.say(row if k else row + " none | | | |")
