@@ -269,6 +269,8 @@ def draw(args: argparse.Namespace, panels: Sequence[Panel]) -> None:
         axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
         axis.legend(fontsize="small")
         axis.grid(alpha=0.3, which="both")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / f"{args.command}.png"
     figure.savefig(path, dpi=120)
