@@ -1208,43 +1208,49 @@ def _factorize(
         checkpoint_layers=checkpoint_layers,
     )
     factored = tuple(map(_in_float32, layers)) if precision == "mixed" else layers
-    if route == "sweep":
-        factor = _Sweep(
-            factored,
-            epsilons,
-            formed,
-            prefers_many_classes(shapes, N),
-            definite_only=definite_only,
-            solvable=keep == "solve",
-            checkpoint=checkpoint_layers,
-        )
-    elif route == "dense":
-        factor = _Dense(layers, epsilons, formed, definite_only, factored[0].weight.dtype)
-    else:
-        from hessian_gram import GramFactor  # it is made of this module's layers and products
+    try:
+        if route == "sweep":
+            factor = _Sweep(
+                factored,
+                epsilons,
+                formed,
+                prefers_many_classes(shapes, N),
+                definite_only=definite_only,
+                solvable=keep == "solve",
+                checkpoint=checkpoint_layers,
+            )
+        elif route == "dense":
+            factor = _Dense(layers, epsilons, formed, definite_only, factored[0].weight.dtype)
+        else:
+            from hessian_gram import GramFactor  # it is made of this module's layers and products
 
-        factor = GramFactor(factored, epsilons, formed)
-    result = HessianFactorization(
-        route,
-        curvature,
-        damping,
-        state_damping,
-        precision,
-        keep,
-        checkpoint_layers,
-        num_parameters(shapes),
-        factor.num_negative,
-        factor.logabsdet,
-        layers,
-        epsilons,
-        factor if keep == "solve" else None,
-        factor.formed,
-    )
-    if precision == "mixed" and keep == "solve" and not result._probe():
-        return _factorize(
-            layers, damping, curvature, route, state_damping, keep=keep, checkpoint_layers=checkpoint_layers
+            factor = GramFactor(factored, epsilons, formed)
+    except SingularHessianError:
+        if precision != "mixed":
+            raise
+        factor = None  # float32 overflowed, or rounded to a singular pivot
+    if factor is not None:
+        result = HessianFactorization(
+            route,
+            curvature,
+            damping,
+            state_damping,
+            precision,
+            keep,
+            checkpoint_layers,
+            num_parameters(shapes),
+            factor.num_negative,
+            factor.logabsdet,
+            layers,
+            epsilons,
+            factor if keep == "solve" else None,
+            factor.formed,
         )
-    return result
+        if precision == "float64" or keep == "inertia" or result._probe():
+            return result
+        del result
+    del factor, factored, formed  # before the second factor takes their memory
+    return _factorize(layers, damping, curvature, route, state_damping, keep=keep, checkpoint_layers=checkpoint_layers)
 
 
 def _cheapest_route(

@@ -1180,6 +1180,9 @@ def test_mixed_precision_is_decided_by_a_trial():
     assert kept.residual(kept.solve(v), v) <= 1e-10 < kept.residual(kept.solve(v, rtol=None), v)
     redone = factorize_hessian(model, loss, 1e-8, route="sweep", precision="mixed")
     assert redone.precision == "float64"
+    # what overflows in float32
+    layers = tuple(x._replace(weight=1e30 * x.weight) for x in compute_layer_derivatives(model))
+    assert hessian._factorize(layers, 0.1, "hessian", "sweep", precision="mixed").precision == "float64"
     with mock.patch.object(hessian.HessianFactorization, "_probe", lambda self: True):
         poor = factorize_hessian(model, loss, 1e-8, route="sweep", precision="mixed")
     with pytest.raises(SingularHessianError, match="precision='float64'"):
