@@ -620,6 +620,21 @@ class _Pivot(NamedTuple):
     carried: _Carried | None
 
 
+class _Scratch:
+    """Memory for temporaries, one at a time, used again in every layer: the allocator would return it in pieces."""
+
+    def __init__(self):
+        self._memory: Tensor | None = None
+
+    def __call__(self, like: Tensor, *shape: int) -> Tensor:
+        """An uninitialized tensor that is valid until the next call."""
+        size = math.prod(shape)
+        if self._memory is None or self._memory.numel() < size:
+            self._memory = None  # freed before the larger one is made
+            self._memory = like.new_empty(size)
+        return self._memory[:size].view(shape)
+
+
 class _Count(NamedTuple):
     """Of eliminated pivots."""
 
@@ -635,6 +650,7 @@ def _eliminate_layer(
     above: _CostToGo | None,
     many_classes: bool,
     definite_only: bool,
+    scratch: _Scratch,
 ) -> tuple[_Pivot, _Count, _CostToGo | None]:
     """One step of the backward sweep: the pivot of layer `index`, what it counts, and the cost-to-go below it.
 
@@ -657,7 +673,7 @@ def _eliminate_layer(
             P = _output_cost_to_go(layer)
             solver.reduce(P)
     else:
-        G, B, P = _form_pivot(layer, reduced, epsilon, above, first=index == 0)
+        G, B, P = _form_pivot(layer, reduced, epsilon, above, scratch, first=index == 0)
         factor = factor_symmetric(G, definite_only, definite)
         if factor is None and definite_only:
             raise _Indefinite(index)
@@ -666,7 +682,7 @@ def _eliminate_layer(
         negative, logabsdet = factor.num_negative(), factor.logabsdet()
         definite = definite and factor.interchanges is None
         if index:
-            W = factor.whiten(B)
+            W = factor.whiten(B, scratch)
             carried, coupling, values = _carry(layer, reduced, epsilon, factor, W, formed.scales[index])
             if carried is not None:
                 num_rows = len(carried.rows)
@@ -755,7 +771,12 @@ def _output_cost_to_go(layer: LayerDerivatives) -> Tensor:
 
 
 def _form_pivot(
-    layer: LayerDerivatives, reduced: _Reduced, epsilon: float, above: _CostToGo | None, first: bool
+    layer: LayerDerivatives,
+    reduced: _Reduced,
+    epsilon: float,
+    above: _CostToGo | None,
+    scratch: _Scratch,
+    first: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """G, B, and the cost-to-go before layer ℓ's parameters are eliminated, TᵀPT + AᵀDA; that above is overwritten.
 
@@ -782,12 +803,15 @@ def _form_pivot(
         else:
             K = P.mul_(slope[:, None]).mul_(slope)
         K.diagonal().add_(layer.curvature.flatten())
-        G = (R.mT @ (R.mT @ K.view(N, a * n)).view(r * a, N, a)).view(r * a, r * a)
+        JK = torch.mm(R.mT, K.view(N, a * n), out=scratch(K, r, a * n))
+        G = (R.mT @ JK.view(r * a, N, a)).view(r * a, r * a)
         G.diagonal().add_(epsilon)
         B = None
         if not first:
-            KA = (K.view(n * N, a) @ W).view(n, n_below)
-            below = (W.mT @ KA.view(N, a, n_below)).view(n_below, n_below)
+            KA = torch.mm(K.view(n * N, a), W, out=scratch(K, n * N, width)).view(n, n_below)
+            # where that fits, in the memory of K, which is done with
+            below = K if n_below == n and not layer.skip else K.new_empty(n_below, n_below)
+            torch.bmm(W.mT.expand(N, width, a), KA.view(N, a, n_below), out=below.view(N, width, n_below))
             if layer.skip:  # a = a′: TᵀPT + AᵀDA = AᵀKA + σ(Aᵀφ′P + Pφ′A) + σ²P
                 cross = (W.mT @ slope_P.view(N, a, n)).view(n, n)
                 below += layer.skip * (cross + cross.mT)
@@ -850,18 +874,18 @@ class _Sweep:
         self._length = math.isqrt(len(layers) - 1) + 1 if checkpoint else len(layers)  # of a segment
         self._segments: dict[int, _CostToGo | None] = {}  # highest layer of each: the cost-to-go above it
         self._pivots: list[_Pivot] | None = [] if solvable and not checkpoint else None  # last layer first
-        negative, logabsdet, above = 0, 0.0, None
+        negative, logabsdet, above, scratch = 0, 0.0, None, _Scratch()
         for index in range(len(layers) - 1, -1, -1):
             if checkpoint and (len(layers) - 1 - index) % self._length == 0:
                 self._segments[index] = _copied(above)
-            pivot, count, above = self._eliminate(index, above, definite_only)
+            pivot, count, above = self._eliminate(index, above, scratch, definite_only)
             if self._pivots is not None:
                 self._pivots.append(pivot)
             del pivot  # or it would live on while the next one is made
             negative, logabsdet = negative + count.negative, logabsdet + count.logabsdet
         self.num_negative, self.logabsdet = negative, logabsdet
 
-    def _eliminate(self, index: int, above: _CostToGo | None, definite_only: bool = False):
+    def _eliminate(self, index: int, above: _CostToGo | None, scratch: _Scratch, definite_only: bool = False):
         return _eliminate_layer(
             self.layers,
             index,
@@ -870,6 +894,7 @@ class _Sweep:
             above,
             self._many_classes,
             definite_only,
+            scratch,
         )
 
     def solve(self, v: Tensor) -> Tensor:
@@ -893,9 +918,9 @@ class _Sweep:
                 yield pivots.pop()
 
     def _segment(self, top: int) -> Iterator[_Pivot]:
-        above = _copied(self._segments[top])
+        above, scratch = _copied(self._segments[top]), _Scratch()
         for index in range(top, max(top - self._length, -1), -1):
-            pivot, _, above = self._eliminate(index, above)
+            pivot, _, above = self._eliminate(index, above, scratch)
             yield pivot
             del pivot
 

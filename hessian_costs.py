@@ -144,11 +144,10 @@ def _sweep_numbers(shapes: Sequence[LayerShape], N: int, keep: str, checkpoint: 
         if index == last:
             form = N * x.a * (x.a + x.width) + N * r * r + m * m
             return max(form, below**2 + m * below)
-        form = n * n + max(m * n, n * below + below**2)
-        if x.skip and index:
-            form = 2 * n * n + max(m * n, n * below + 2 * below**2)
-        # F⁻¹B beside B, while the cost-to-go above is still held
-        return max(form, n * n + below**2 + m * below)
+        scratch = max(m * n, n * below, m * below)
+        if x.skip and index:  # φ′P, K and their products beside it
+            return 2 * n * n + 3 * below**2 + scratch
+        return n * n + scratch + (below**2 if below != n else 0)
 
     layers = range(len(shapes))
     if keep == "inertia":

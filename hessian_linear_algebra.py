@@ -32,12 +32,13 @@ class SymmetricFactor(NamedTuple):
     root: np.ndarray  # (m,) |D|^½ in the order of Σ
     interchanges: _Interchanges | None  # None for Cholesky
 
-    def whiten(self, b: Tensor) -> Tensor:
-        """F⁻¹ b for b (m, k), which may be overwritten."""
+    def whiten(self, b: Tensor, scratch: Callable[..., Tensor] | None = None) -> Tensor:
+        """F⁻¹ b for b (m, k), which may be overwritten. scratch(like, *shape): memory to work in."""
         if self.interchanges is None:
             return solve_triangular(self.lower, b)
         order, pairs, cosine, sine, sort, scale = self.interchanges
-        solved = solve_triangular(self.lower, b[order], unit=True)
+        ordered = b[order] if scratch is None else torch.index_select(b, 0, order, out=scratch(b, *b.shape))
+        solved = solve_triangular(self.lower, ordered, unit=True)
         _rotate(solved, pairs, cosine, -sine)
         return torch.index_select(solved, 0, sort, out=b).div_(scale)
 
