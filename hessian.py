@@ -93,6 +93,7 @@ from hessian_checks import (
     equal,
 )
 from hessian_costs import (
+    DENSE_CHUNK,
     LayerShape,
     RouteCost,
     check_memory,
@@ -143,7 +144,6 @@ if TYPE_CHECKING:
 
 Damping = float | tuple[float, ...]
 
-_CHUNK_BYTES = 2**28  # temporaries of the dense Hessian are formed in chunks of this
 _REFINED_NUMBERS = 2**23  # right-hand sides are refined together up to this many numbers
 _PROBE_RTOL = 1e-10  # of the trial solve that decides whether a float32 factor will do
 _TINY = 1e-30  # keeps 0/0 out
@@ -529,7 +529,7 @@ def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[_Reduc
     With nothing eliminated samples don't mix: P (N, a, a), one pass down of O(N a³) a layer.
     """
     scales, P = [], None
-    for layer, (_, R) in zip(reversed(layers), reversed(reduced), strict=True):
+    for layer, (_, R) in zip(reversed(layers[1:]), reversed(reduced[1:]), strict=True):
         W = layer.weight
         if layer.output is not None:
             below = W.mT @ _output_times_weight(layer)
@@ -544,7 +544,7 @@ def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[_Reduc
         below.diagonal(dim1=1, dim2=2).add_(largest_entry(layer.adjoint) / largest_entry(R).clamp_min(_TINY))
         scales.append(largest_entry(below))
         P = below
-    return torch.stack(scales[::-1]).tolist()
+    return [0.0, *torch.stack(scales[::-1]).tolist()] if scales else [0.0]  # below layer 1 there is nothing
 
 
 def _reduced_inputs(layers: Sequence[LayerDerivatives]) -> list[_Reduced]:
@@ -1010,7 +1010,7 @@ def _dense_hessian(layers: Sequence[LayerDerivatives], num_parameters: int) -> T
     like = layers[0].weight
     H = like.new_empty(num_parameters, num_parameters)
     state = sum(layer.inputs.numel() + 4 * layer.slope.numel() for layer in layers) + num_parameters
-    size = max(1, _CHUNK_BYTES // (8 * state))
+    size = max(1, DENSE_CHUNK // (8 * state))
     for start in range(0, num_parameters, size):
         identity = like.new_zeros(num_parameters, min(size, num_parameters - start))
         identity.diagonal(-start).fill_(1)
@@ -1082,7 +1082,9 @@ class HessianFactorization:
     def with_damping(self, damping: float | Sequence[float]) -> HessianFactorization:
         """The same matrix at another damping, all else as here: derivatives, QR, and where the route forms it H or the
         Gram matrix, are used again. Raises as `factorize_hessian` does."""
-        return self._again(checked_damping(damping, len(self._layers)), self.route)
+        damping = checked_damping(damping, len(self._layers))
+        check_combination(self.route, self.curvature, self.state_damping, damping, self.checkpoint_layers)
+        return self._again(damping, self.route)
 
     def _again(self, damping: Damping, route: str, precision: str | None = None) -> HessianFactorization:
         return _factorize(
@@ -1176,11 +1178,21 @@ class HessianFactorization:
         """What would do in place of a failed solve of v: the first of `tries` that works, or a larger rtol."""
         advice = "Pass another damping"
         for damping, route, precision in tries:
-            residual = self._again(damping, route, precision)._refined(v, rtol).residual
+            try:
+                residual = self._again(damping, route, precision)._refined(v, rtol).residual
+            except (SingularHessianError, MemoryError):  # the error that is being written counts, not this one
+                continue
             if bool((residual <= rtol).all()):
-                name = f"damping={damping}" if damping != self.damping else "route='dense' to factorize_hessian"
-                if damping == self.damping and precision != self.precision:
-                    name = "precision='float64' to factorize_hessian"
+                changes = [
+                    f"{name}={new!r}"
+                    for name, new, old in (
+                        ("damping", damping, self.damping),
+                        ("route", route, self.route),
+                        ("precision", precision, self.precision),
+                    )
+                    if new != old
+                ]
+                name = ", ".join(changes) + (" to factorize_hessian" if damping == self.damping else "")
                 kept = f", the same state_damping={self.state_damping:g}" if self.state_damping else ""
                 advice = f"Pass {name}{kept} (tried: it reaches {residual.max():.0e})"
                 break
@@ -1212,11 +1224,13 @@ def _factorize(
     checkpoint_layers: bool = False,
     definite_only: bool = False,
     formed: object = None,
+    fell_back: bool = False,
 ) -> HessianFactorization:
     """The form of `layers` + damping·I, factored. curvature, state_damping: what `_modified` put into the layers.
 
     definite_only: raise _Indefinite where it is not positive definite. formed: what the route needs that no
     damping changes, if it was formed before (and is kept unchanged): the reduced inputs, H, or the Gram matrix.
+    fell_back: from a float32 factor.
     """
     shapes, N = shapes_of_layers(layers), len(layers[0].inputs)
     epsilons = damping if isinstance(damping, tuple) else (damping,) * len(layers)
@@ -1231,6 +1245,9 @@ def _factorize(
         precision=precision,
         keep=keep,
         checkpoint_layers=checkpoint_layers,
+        formed=formed is not None,
+        may_gram=_may_gram(curvature, state_damping, epsilons),
+        may_mix=not fell_back,
     )
     factored = tuple(map(_in_float32, layers)) if precision == "mixed" else layers
     try:
@@ -1250,6 +1267,12 @@ def _factorize(
             from hessian_gram import GramFactor  # it is made of this module's layers and products
 
             factor = GramFactor(factored, epsilons, formed)
+        if not math.isfinite(factor.logabsdet):
+            raise SingularHessianError(
+                f"H + damping·I has a pivot at damping={damping} that is singular, or overflowed: choose another "
+                "damping, or scale the inputs",
+                damping=damping,
+            )
     except SingularHessianError:
         if precision != "mixed":
             raise
@@ -1269,21 +1292,34 @@ def _factorize(
             layers,
             epsilons,
             factor if keep == "solve" else None,
-            factor.formed,
+            factor.formed if keep == "solve" or route == "sweep" else None,
         )
         if precision == "float64" or keep == "inertia" or result._probe():
             return result
         del result
     del factor, factored, formed  # before the second factor takes their memory
-    return _factorize(layers, damping, curvature, route, state_damping, keep=keep, checkpoint_layers=checkpoint_layers)
+    return _factorize(
+        layers,
+        damping,
+        curvature,
+        route,
+        state_damping,
+        keep=keep,
+        checkpoint_layers=checkpoint_layers,
+        definite_only=definite_only,
+        fell_back=True,
+    )
+
+
+def _may_gram(curvature: str, state_damping: float, epsilons: Sequence[float]) -> bool:
+    """The Gram route knows no state damping, and divides by ε."""
+    return curvature == "gauss_newton" and state_damping == 0 and all(epsilons)
 
 
 def _cheapest_route(
     shapes: Sequence[LayerShape], N: int, curvature: str, state_damping: float, epsilons: Sequence[float]
 ) -> str:
-    """By counted operations; the Gram route knows no state damping, and divides by ε."""
-    gram = curvature == "gauss_newton" and state_damping == 0 and all(epsilons)
-    operations = count_operations(shapes, N, gram)
+    operations = count_operations(shapes, N, _may_gram(curvature, state_damping, epsilons))
     return min(operations, key=operations.get)
 
 
@@ -1334,12 +1370,13 @@ def factorize_hessian(
     ℓ's pre-activations (N, a) along x: each unit's change costs μ times its mean square over the batch. It costs
     nothing; H + damping·I means this matrix below, and in the factorization.
 
-    precision: 'mixed' factors in float32, at half of the memory and less time; solves are refined in float64 to the
-    same certificate. A trial solve decides whether the float32 factor will do, or is made anew in float64: `.precision`
-    tells. Inertia and determinant are then those of the float32 pivots: eigenvalues within 1e-6 ‖H‖ of −ε may be
-    miscounted. keep: 'inertia' keeps nothing, for the counts alone, in the memory of one layer. checkpoint_layers: keep
-    every √L-th cost-to-go only and recompute the rest in each solve: O(√L (N a)²) memory, and three times the
-    operations for a direct solve, two more for each refinement. `estimate_cost` tells operations and bytes before.
+    precision: 'mixed' factors in float32: a sweep in half of the memory, and less time where N times the width is
+    large; solves are refined in float64 to the same certificate. A trial solve decides whether the float32 factor will
+    do, or is made anew in float64: `.precision` tells. Inertia and determinant are then those of the float32 pivots:
+    eigenvalues within 1e-5 ‖H‖ of −ε may be miscounted. keep: 'inertia' keeps nothing, for the counts alone (and with
+    'mixed' makes no trial); a sweep then takes the memory of one layer. checkpoint_layers: keep every √L-th
+    cost-to-go only and recompute the rest in each solve: O(√L (N a)²) memory, and three times the operations for a
+    direct solve, two more for each refinement. `estimate_cost` tells operations and bytes before.
 
     Cost: Σ m³/3 + m²n′ + m n′² operations and the structured products of lower order; Σ m² + m n′ numbers kept;
     m = a·min(N, d), n′ = N a′.

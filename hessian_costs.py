@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from hessian_checks import check_choices, checked_curvature
+
 if TYPE_CHECKING:
     from hessian import DeepMLPWithTracking, LayerDerivatives
 
-_DENSE_CHUNK = 2**28  # bytes: temporaries of the dense Hessian are formed in chunks of this
+DENSE_CHUNK = 2**28  # bytes: temporaries of the dense Hessian are formed in chunks of this
 _CLASS_CHUNK = 2**28  # bytes: the couplings of many classes are formed in chunks of this
 
 
@@ -72,7 +75,7 @@ def layer_operations(shapes: Sequence[LayerShape], index: int, N: int, many_clas
 
 def natural_operations(shapes: Sequence[LayerShape], N: int) -> float:
     """Of the natural sizes of all costs-to-go, before a sweep."""
-    return sum(2 * N * x.width * x.a * (x.a + x.width) for x in shapes)
+    return sum(2 * N * x.width * x.a * (x.a + x.width) for x in shapes[1:])
 
 
 def prefers_many_classes(shapes: Sequence[LayerShape], N: int) -> bool:
@@ -186,7 +189,7 @@ def route_costs(
         "sweep": 8 * derivatives
         + (4 if precision == "mixed" else 8) * _sweep_numbers(shapes, N, keep, checkpoint_layers)
         + (4 * derivatives if precision == "mixed" else 0),
-        "dense": 8 * derivatives + 16 * P * P,
+        "dense": 8 * derivatives + 8 * P * P + max(8 * P * P, min(DENSE_CHUNK, 8 * P * (derivatives + P))),
     }
     if "gram" in operations:
         n = N * num_scaled_outputs(shapes)
@@ -211,7 +214,9 @@ def estimate_cost(
     leading order, within 10 % of what is done and allocated where n = N × width is 100 or more; below, overheads
     rule. Not counted: pivots that are carried (damping far below 1e-3), the model itself, and its autograd graph.
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
+    check_choices(precision=precision, keep=keep)
+    curvature = checked_curvature(curvature)
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer ≥ 1, got {batch_size!r}")
     return route_costs(
         shapes_of_model(model),
@@ -228,11 +233,20 @@ def free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if not os.path.exists("/proc/meminfo"):
-        return float("inf")
-    with open("/proc/meminfo") as file:
-        fields = dict(line.split(":") for line in file)
-    return 1024 * float(fields["MemAvailable"].split()[0])
+    free = float("inf")
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":") for line in file)
+        if "MemAvailable" in fields:
+            free = 1024 * float(fields["MemAvailable"].split()[0])
+    limit, used = (f"/sys/fs/cgroup/memory.{name}" for name in ("max", "current"))
+    if os.path.exists(limit) and os.path.exists(used):  # of a container
+        with open(limit) as limit_file, open(used) as used_file, open("/sys/fs/cgroup/memory.stat") as stat_file:
+            limit, used = limit_file.read().strip(), float(used_file.read())
+            cached = dict(line.split() for line in stat_file).get("file", 0)  # given back when asked for
+            if limit != "max":
+                free = min(free, float(limit) - used + float(cached))
+    return free
 
 
 def check_memory(
@@ -245,27 +259,32 @@ def check_memory(
     precision: str,
     keep: str,
     checkpoint_layers: bool,
+    formed: bool,
+    may_gram: bool,
+    may_mix: bool,
 ) -> None:
-    """MemoryError where `route` won't fit, naming the changes that make it fit."""
+    """MemoryError where `route` won't fit, naming the changes that make it fit. formed: H, or the Gram matrix, is there
+    already. may_gram, may_mix: whether that route, and precision='mixed', can be chosen."""
     settings = dict(curvature=curvature, precision=precision, keep=keep, checkpoint_layers=checkpoint_layers)
     needed, free = route_costs(shapes, N, **settings)[route].bytes, free_bytes(device)
+    if formed and route != "sweep":
+        needed /= 2
     if needed <= free:
         return
 
     def fits(route: str, N: int, **changed) -> bool:
         return route_costs(shapes, N, **{**settings, **changed})[route].bytes <= free
 
+    no_checkpoints = ", checkpoint_layers=False" if checkpoint_layers else ""
     remedies = [
-        f"route={other!r}"
-        for other in count_operations(shapes, N, curvature == "gauss_newton")
+        f"route={other!r}{no_checkpoints}"
+        for other in count_operations(shapes, N, may_gram)
         if other != route and fits(other, N)
     ]
     if route == "sweep":
-        changes = (
-            ("checkpoint_layers=True", {"checkpoint_layers": True}),
-            ("precision='mixed'", {"precision": "mixed"}),
-            ("keep='inertia' (counts only, no solves)", {"keep": "inertia"}),
-        )
+        changes = [("checkpoint_layers=True", {"checkpoint_layers": True})]
+        changes += [("precision='mixed'", {"precision": "mixed"})] if may_mix else []
+        changes += [("keep='inertia' (counts only, no solves)", {"keep": "inertia"})]
         remedies += [name for name, change in changes if fits(route, N, **change)]
     smaller = N
     while smaller > 1 and not fits(route, smaller):

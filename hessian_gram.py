@@ -333,8 +333,10 @@ class GramFactor:
         shifted.diagonal().add_(1)
         factor = factor_symmetric(shifted)
         if factor is None:
+            damping = epsilons[0] if plain else tuple(epsilons)
             raise SingularHessianError(
-                f"JᵀΛJ + damping·I has an exactly singular Gram matrix at damping={tuple(epsilons)}: choose another"
+                f"JᵀΛJ + damping·I has an exactly singular Gram matrix at damping={damping}: choose another",
+                damping=damping,
             )
         self._factor = factor
         self.num_negative = int((self._damping < 0).sum()) - factor.num_negative()

@@ -12,7 +12,7 @@ from scipy.linalg import blas, lapack
 from torch import Tensor
 
 UNIT_ROUNDOFF = 2.0**-53
-UPDATE_BLOCK = 512  # without LAPACK, symmetric updates are done by rows of blocks of this size, the lower half only
+_UPDATE_BLOCK = 512  # without LAPACK, symmetric updates are done by rows of blocks of this size, the lower half only
 _MIRROR_BLOCK = 128
 _SMALL = 128  # matrices for which calls cost more than operations
 _ROTATED_COLUMNS = 256
@@ -105,7 +105,7 @@ def factor_symmetric(G: Tensor, definite_only: bool = False, definite_first: boo
     cosine = 1 / np.sqrt(1 + t * t)
     D[pairs] -= t * b
     D[pairs + 1] += t * b
-    if not (np.abs(D) > 0).all():  # NaN too
+    if not (np.isfinite(D) & (D != 0)).all():
         return None
     sort = np.argsort(D < 0, kind="stable")
     root = np.sqrt(np.abs(D[sort]))
@@ -210,12 +210,12 @@ def solve_triangular(lower: Tensor, b: Tensor, transpose: bool = False, unit: bo
     # LAPACK's view of L: itself in column-major order, or an upper triangle
     L, flipped = (lower.numpy().T, True) if lower.is_contiguous() else (lower.numpy(), False)
     b = b.contiguous()
+    if 0 in b.shape:
+        return b
     if b.shape[1] == 1:
         x = b.numpy()[:, 0]
         x = _lapack("trsv", b)(L, x, lower=not flipped, trans=transpose != flipped, diag=unit, overwrite_x=1)
         return torch.from_numpy(x)[:, None]
-    if 0 in b.shape:
-        return b
     # from the right: bᵀ L⁻ᵀ, since bᵀ is what LAPACK sees of b
     right = dict(side=1, lower=not flipped, trans_a=transpose == flipped, diag=unit, overwrite_b=1)
     return torch.from_numpy(_lapack("trsm", b)(1.0, L, b.numpy().T, **right).T)
@@ -234,8 +234,8 @@ def subtract_gram(P: Tensor, W: Tensor, num_positive: int) -> None:
             assert P.is_contiguous()  # else LAPACK would update a copy
             _lapack("syrk", P)(sign, rows.numpy().T, beta=1.0, c=P.numpy().T, lower=0, overwrite_c=1)
             continue
-        for start in range(0, len(P), UPDATE_BLOCK):
-            stop = min(start + UPDATE_BLOCK, len(P))
+        for start in range(0, len(P), _UPDATE_BLOCK):
+            stop = min(start + _UPDATE_BLOCK, len(P))
             P[start:stop, :stop].addmm_(rows[:, start:stop].mT, rows[:, :stop], alpha=sign)
 
 

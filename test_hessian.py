@@ -553,7 +553,7 @@ def test_many_class_split():
 def test_kernels(by_lapack, monkeypatch):
     """LAPACK's kernels, and those that other devices get; several blocks, which small nets don't reach otherwise."""
     monkeypatch.setattr(hessian_linear_algebra, "_by_lapack", lambda x: by_lapack)
-    monkeypatch.setattr(hessian_linear_algebra, "UPDATE_BLOCK", 4)
+    monkeypatch.setattr(hessian_linear_algebra, "_UPDATE_BLOCK", 4)
     monkeypatch.setattr(hessian_linear_algebra, "_MIRROR_BLOCK", 4)
     monkeypatch.setattr(hessian_linear_algebra, "_SMALL", 0)
     for case in (Case((6, 4, 7), 3), Case((5, 5, 4), 9, residual=True)):
@@ -1280,6 +1280,47 @@ print(peak("VmHWM") - before, estimate_cost(model, {batch}, **way)[route].bytes)
     assert estimated == pytest.approx(measured, rel=0.1), (measured / 1e6, estimated / 1e6)
 
 
+def test_a_wide_input_stays_small():
+    """150,528 pixels: nothing of that size squared, which no machine holds."""
+    model = DeepMLPWithTracking(150_528, 4, 3, 2).double()
+    loss = model(random_vector(2, 150_528), torch.tensor([0, 2]), track_activations=True)
+    f = factorize_hessian(model, loss, 0.1, route="sweep")
+    v = random_vector(f.num_parameters)
+    assert f.residual(f.solve(v), v) <= 1e-10
+    assert estimate_cost(model, 2)["sweep"].bytes < 2e7
+
+
+def test_empty_and_impossible_gram_matrices():
+    """One class has no curvature at all; and damping 0 is refused for another damping as it is at first."""
+    model, loss = tracked_loss(Case((4,), 3, classes=1))
+    v = random_vector(num_parameters(model))
+    f = factorize_hessian(model, loss, 0.1, curvature="gauss_newton", route="gram")
+    assert relative(f.solve(v) - 10 * v, v) <= 1e-14
+    with pytest.raises(ValueError, match="divides by damping"):
+        f.with_damping(0.0)
+    with pytest.raises(ValueError, match="divides by damping"):
+        f.with_damping((0.1, 0.0))
+
+
+@pytest.mark.parametrize("route", ["sweep", "dense"])
+def test_overflow_raises_on_every_route(route):
+    model, loss = tracked_loss(Case((4,), 3, "relu", loss="mse"))
+    layers = tuple(x._replace(inputs=1e160 * x.inputs) for x in compute_layer_derivatives(model))
+    for keep in ("solve", "inertia"):
+        with pytest.raises(SingularHessianError):
+            hessian._factorize(layers, 0.1, "hessian", route, keep=keep)
+
+
+def test_errors_of_trials_do_not_hide_the_error(monkeypatch):
+    """Where the trials that look for advice don't fit in memory, the failed solve is reported all the same."""
+    model, loss = tracked_loss(UNCARRIED)
+    v = random_vector(num_parameters(model))
+    f = factorize_hessian(model, loss, 1e-8, route="sweep")
+    monkeypatch.setattr(hessian_costs, "free_bytes", lambda device: 1.0)
+    with pytest.raises(SingularHessianError, match="Pass another damping"):
+        f.solve(v, rtol=1e-14)
+
+
 def test_what_does_not_fit_is_refused_before_it_starts(monkeypatch):
     model, loss = tracked_loss(Case((32,) * 8, 16, inputs=32))
     costs = estimate_cost(model, 16)
@@ -1291,6 +1332,13 @@ def test_what_does_not_fit_is_refused_before_it_starts(monkeypatch):
     for remedy in ("checkpoint_layers=True", "precision='mixed'", "keep='inertia'", "a batch of 8 samples"):
         assert remedy in message
     factorize_hessian(model, loss, 0.1, route="sweep", checkpoint_layers=True)
+    # H that is there already is not charged again
+    small, tracked = tracked_loss(Case((6, 4), 30))
+    f = factorize_hessian(small, tracked, 0.1, route="dense")
+    monkeypatch.setattr(hessian_costs, "free_bytes", lambda device: 0.6 * estimate_cost(small, 30)["dense"].bytes)
+    f.with_damping(0.2)
+    with pytest.raises(MemoryError):
+        factorize_hessian(small, tracked, 0.2, route="dense")
     monkeypatch.setattr(hessian_costs, "free_bytes", lambda device: 1.0)
     with pytest.raises(MemoryError, match="Narrower layers"):
         factorize_hessian(model, loss, 0.1, route="sweep")
@@ -1312,8 +1360,9 @@ def test_wrong_choices(arguments, message):
     model, loss = tracked_loss(Case((4,), 3))
     with pytest.raises(ValueError, match=message):
         factorize_hessian(model, loss, **{"damping": 0.1, **arguments})
-    with pytest.raises(ValueError, match="batch_size"):
-        estimate_cost(model, 0)
+    for estimated in ({"batch_size": 0}, {"precision": "mixd"}, {"curvature": "gn"}, {"keep": "all"}):
+        with pytest.raises(ValueError, match="batch_size|choose"):
+            estimate_cost(model, **{"batch_size": 3, **estimated})
 
 
 # --------------------------------------------------------------------------------------- size, documents, types
