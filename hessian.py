@@ -116,6 +116,7 @@ from hessian_linear_algebra import (
     largest_entry,
     minimum_norm,
     mirror,
+    one_pool,
     refine,
     spectral_norm,
     subtract_gram,
@@ -148,6 +149,7 @@ _REFINED_NUMBERS = 2**23  # right-hand sides are refined together up to this man
 _PROBE_RTOL = 1e-10  # of the trial solve that decides whether a float32 factor will do
 _TINY = 1e-30  # keeps 0/0 out
 _GROWTH = 1e4  # a pivot that would add more than so many times the cost-to-go's natural size to it is carried
+_MANY_COLUMNS = 32  # right-hand sides that are worth more than one thread of LAPACK
 _DENSE_TRIAL = 3000  # a failed solve tries the dense route for its error message up to this many parameters
 
 
@@ -1146,7 +1148,9 @@ class HessianFactorization:
 
     def _direct(self, v: Tensor) -> Tensor:
         dtype = torch.float32 if self.precision == "mixed" else torch.float64
-        return self._factor.solve(v.to(dtype)).to(torch.float64)
+        size = _largest_matrix(self._layers, self.route) if v.shape[1] >= _MANY_COLUMNS else 0
+        with one_pool(v.device, size):
+            return self._factor.solve(v.to(dtype)).to(torch.float64)
 
     def _product(self, v: Tensor) -> Tensor:
         return _product(self._layers, v) + _damping_vector(self._layers, self._epsilons) * v
@@ -1251,22 +1255,23 @@ def _factorize(
     )
     factored = tuple(map(_in_float32, layers)) if precision == "mixed" else layers
     try:
-        if route == "sweep":
-            factor = _Sweep(
-                factored,
-                epsilons,
-                formed,
-                prefers_many_classes(shapes, N),
-                definite_only=definite_only,
-                solvable=keep == "solve",
-                checkpoint=checkpoint_layers,
-            )
-        elif route == "dense":
-            factor = _Dense(layers, epsilons, formed, definite_only, factored[0].weight.dtype)
-        else:
-            from hessian_gram import GramFactor  # it is made of this module's layers and products
+        with one_pool(layers[0].weight.device, _largest_matrix(layers, route)):
+            if route == "sweep":
+                factor = _Sweep(
+                    factored,
+                    epsilons,
+                    formed,
+                    prefers_many_classes(shapes, N),
+                    definite_only=definite_only,
+                    solvable=keep == "solve",
+                    checkpoint=checkpoint_layers,
+                )
+            elif route == "dense":
+                factor = _Dense(layers, epsilons, formed, definite_only, factored[0].weight.dtype)
+            else:
+                from hessian_gram import GramFactor  # it is made of this module's layers and products
 
-            factor = GramFactor(factored, epsilons, formed)
+                factor = GramFactor(factored, epsilons, formed)
         if not math.isfinite(factor.logabsdet):
             raise SingularHessianError(
                 f"H + damping·I has a pivot at damping={damping} that is singular, or overflowed: choose another "
@@ -1314,6 +1319,16 @@ def _factorize(
 def _may_gram(curvature: str, state_damping: float, epsilons: Sequence[float]) -> bool:
     """The Gram route knows no state damping, and divides by ε."""
     return curvature == "gauss_newton" and state_damping == 0 and all(epsilons)
+
+
+def _largest_matrix(layers: Sequence[LayerDerivatives], route: str) -> int:
+    """The size of the largest matrix that the route factors, nearly: of a sweep N a."""
+    N = len(layers[0].inputs)
+    if route == "dense":
+        return num_parameters(shapes_of_layers(layers))
+    if route == "gram":
+        return N * len(layers[-1].weight)
+    return N * max(len(layer.weight) for layer in layers)
 
 
 def _cheapest_route(

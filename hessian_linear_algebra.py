@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from scipy.linalg import blas, lapack
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 UNIT_ROUNDOFF = 2.0**-53
 _UPDATE_BLOCK = 512  # without LAPACK, symmetric updates are done by rows of blocks of this size, the lower half only
 _MIRROR_BLOCK = 128
+_MANY_THREADS = 512  # matrices that are worth more than one thread of LAPACK
 _SMALL = 128  # matrices for which calls cost more than operations
 _ROTATED_COLUMNS = 256
 NULL = 1e-12  # relative to ‖A‖: what `minimum_norm` takes for the null space
@@ -122,6 +125,30 @@ def factor_symmetric(G: Tensor, definite_only: bool = False, definite_first: boo
 #
 # torch copies before it factors, zeroes the other triangle after it, and updates both halves of a symmetric matrix;
 # these don't. A row-major matrix is to LAPACK its transpose: what is the lower triangle here is the upper one there.
+
+
+_BLAS_THREADS = ThreadpoolController().select(user_api="blas")
+
+
+@contextmanager
+def one_pool(device: torch.device, size: int):
+    """Let one pool of threads work at a time, torch's or LAPACK's: each spins while it waits for work, on the cores
+    that the other needs, and small sweeps took ten times as long. For matrices of `size`: LAPACK's where that is large,
+    else torch's. What both were set to comes back at the end."""
+    if device.type != "cpu":
+        yield
+        return
+    threads = torch.get_num_threads()
+    large = size >= _MANY_THREADS
+    with _BLAS_THREADS.limit(limits=threads if large else 1):
+        if not large:
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _by_lapack(x: Tensor) -> bool:
