@@ -865,7 +865,7 @@ def test_promised_loop():
         try:
             step = hessian_inverse_vector_product(model, loss, grad)
         except SingularHessianError as error:
-            assert isinstance(error, Exception)  # the promise: users' old `except Exception` still catches it
+            assert isinstance(error, Exception)  # so that the handlers of older code, however wide, still catch it
             damping = float(str(error).split("damping=")[1].split(" ")[0])
             step = hessian_inverse_vector_product(model, loss, grad, damping=damping)
         else:

@@ -724,7 +724,7 @@ def main(argv: list[str] | None = None) -> int:
         name = signal.Signals(stop.number).name
         print(f"stopped by {name}: --resume goes on from {args.checkpoint_dir / 'last.pt'}", file=sys.stderr)
         return 128 + stop.number
-    except (RunError, DataError, OSError, torch.linalg.LinAlgError) as error:
+    except (RunError, DataError, OSError, MemoryError, torch.linalg.LinAlgError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
