@@ -149,7 +149,6 @@ _REFINED_NUMBERS = 2**23  # right-hand sides are refined together up to this man
 _PROBE_RTOL = 1e-10  # of the trial solve that decides whether a float32 factor will do
 _TINY = 1e-30  # keeps 0/0 out
 _GROWTH = 1e4  # a pivot that would add more than so many times the cost-to-go's natural size to it is carried
-_MANY_COLUMNS = 32  # right-hand sides that are worth more than one thread of LAPACK
 _DENSE_TRIAL = 3000  # a failed solve tries the dense route for its error message up to this many parameters
 
 
@@ -492,11 +491,6 @@ def hessian_vector_product(
 # ---------------------------------------------------------------------------------------- one layer eliminated
 
 
-def _from_basis(Y: Tensor, basis: Tensor | None) -> Tensor:
-    """Y Qᵀ, (…, r) → (…, d)."""
-    return Y if basis is None else Y @ basis.mT
-
-
 class _Indefinite(Exception):
     """H + εI has a pivot, layer `index`'s counted from 0, that is not positive definite: see `_factorize_definite`."""
 
@@ -510,6 +504,7 @@ class _Reduced(NamedTuple):
 
     basis: Tensor | None  # (d, r) Q
     rows: Tensor  # (N, r) R
+    outside: Tensor | None  # (a′, a′) I − QQᵀ without the bias; None in layer 1, below which there is nothing
 
 
 class _Formed(NamedTuple):
@@ -531,7 +526,7 @@ def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[_Reduc
     With nothing eliminated samples don't mix: P (N, a, a), one pass down of O(N a³) a layer.
     """
     scales, P = [], None
-    for layer, (_, R) in zip(reversed(layers[1:]), reversed(reduced[1:]), strict=True):
+    for layer, (_, R, _) in zip(reversed(layers[1:]), reversed(reduced[1:]), strict=True):
         W = layer.weight
         if layer.output is not None:
             below = W.mT @ _output_times_weight(layer)
@@ -552,13 +547,17 @@ def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[_Reduc
 def _reduced_inputs(layers: Sequence[LayerDerivatives]) -> list[_Reduced]:
     """Of every layer; one batched QR for neighbours of one shape."""
     reduced = []
-    for (N, d), group in groupby((layer.inputs for layer in layers), key=lambda inputs: inputs.shape):
-        group = list(group)
+    for (N, d, width), group in groupby(layers, key=lambda x: (*x.inputs.shape, x.weight.shape[1])):
+        inputs = [layer.inputs for layer in group]
         if N >= d:
-            reduced += [_Reduced(None, inputs) for inputs in group]
+            reduced += [_Reduced(None, rows, None) for rows in inputs]
             continue
-        Q, R = torch.linalg.qr(torch.stack(group).mT)
-        reduced += map(_Reduced, Q, R.mT.contiguous())
+        Q, R = torch.linalg.qr(torch.stack(inputs).mT)
+        outside = [None]
+        if reduced or len(inputs) > 1:
+            outside = (Q[:, :width] @ Q[:, :width].mT).neg_()
+            outside.diagonal(dim1=1, dim2=2).add_(1)
+        reduced += map(_Reduced, Q, R.mT.contiguous(), outside)
     return reduced
 
 
@@ -568,7 +567,6 @@ class _CostToGo(NamedTuple):
     P: Tensor  # (n, n)
     coupling: Tensor | None  # (k, n) b
     values: Tensor | None  # (k,) d
-    definite: bool  # every pivot above was
 
 
 class _Carried(NamedTuple):
@@ -659,7 +657,6 @@ def _eliminate_layer(
     The matrix of `above` is overwritten. definite_only: _Indefinite where a pivot is not positive definite.
     """
     layer, reduced = layers[index], formed.reduced[index]
-    definite = above is None or above.definite
     (a, width), (N, r) = layer.weight.shape, reduced.rows.shape
     perpendicular = a * (layer.inputs.shape[1] - r)  # dimensions of X⊥
     if perpendicular and epsilon == 0:
@@ -668,30 +665,28 @@ def _eliminate_layer(
     if many_classes and layer.output is not None:
         if epsilon == 0 and layer.output.zero_sum:
             raise _singular(index, epsilon, "the same row added to the weights of every class changes nothing")
-        solver = ManyClassPivot.form(layer, *reduced, epsilon)
+        solver = ManyClassPivot.form(layer, reduced.basis, reduced.rows, epsilon)
         negative, logabsdet = solver.num_negative(), float(solver.logabsdet())
-        definite = negative == 0
         if index:
             P = _output_cost_to_go(layer)
             solver.reduce(P)
     else:
         G, B, P = _form_pivot(layer, reduced, epsilon, above, scratch, first=index == 0)
-        factor = factor_symmetric(G, definite_only, definite)
+        factor = factor_symmetric(G, definite_only)
         if factor is None and definite_only:
             raise _Indefinite(index)
         if factor is None:
             raise _singular(index, epsilon, "its pivot is exactly singular")
-        negative, logabsdet = factor.num_negative(), factor.logabsdet()
-        definite = definite and factor.interchanges is None
+        negative, logabsdet = factor.num_negative, factor.logabsdet
         if index:
-            W = factor.whiten(B, scratch)
+            W = factor.whiten(B)
             carried, coupling, values = _carry(layer, reduced, epsilon, factor, W, formed.scales[index])
             if carried is not None:
                 num_rows = len(carried.rows)
                 negative -= int((values[:num_rows] < 0).sum())
                 logabsdet -= float(values[:num_rows].abs().log().sum())
                 perpendicular -= len(values) - num_rows
-            subtract_gram(P, W, factor.num_positive)
+            subtract_gram(P, W, factor.signs)
         solver = _DensePivot(factor, W if index else None)
     if epsilon < 0:
         negative += perpendicular
@@ -704,15 +699,13 @@ def _eliminate_layer(
     if P is not None:
         mirror(P)
         if reduced.basis is not None:  # − (λλᵀ) ⊗ (I − QQᵀ)/ε, without the bias, and without what is carried
-            Q, adjoint = reduced.basis[:width], layer.adjoint
+            adjoint = layer.adjoint
             if carried is not None and carried.left is not None:
                 adjoint = adjoint - (adjoint @ carried.left) @ carried.left.mT
-            outside = (Q @ Q.mT).neg_()
-            outside.diagonal().add_(1)
             P.view(N, width, N, width).addcmul_(
-                (adjoint @ adjoint.mT)[:, None, :, None], outside[:, None, :], value=-1 / epsilon
+                (adjoint @ adjoint.mT)[:, None, :, None], reduced.outside[:, None, :], value=-1 / epsilon
             )
-    below = None if P is None else _CostToGo(P, coupling, values, definite)
+    below = None if P is None else _CostToGo(P, coupling, values)
     return _Pivot(reduced, epsilon, solver, carried), _Count(negative, logabsdet), below
 
 
@@ -729,9 +722,14 @@ def _carry(
     bound = _GROWTH * scale
     width = layer.weight.shape[1]
     length = torch.linalg.vector_norm(W, dim=1)
+    carries_outside = reduced.basis is not None and float(torch.linalg.vector_norm(layer.adjoint)) > math.sqrt(
+        bound * abs(epsilon)
+    )
+    if not carries_outside and float(length.max()) <= math.sqrt(bound):
+        return None, None, None
     rows = (length > math.sqrt(bound)).nonzero()[:, 0]
     left = outside = None
-    if reduced.basis is not None and float((layer.adjoint**2).sum()) > bound * abs(epsilon):
+    if carries_outside:
         _, s, V = torch.linalg.svd(layer.adjoint, full_matrices=False)
         left = V[s * s > bound * abs(epsilon)].mT
         outside = torch.linalg.qr(reduced.basis, mode="complete").Q[:, reduced.basis.shape[1] :]  # (d, d − r)
@@ -741,7 +739,9 @@ def _carry(
         return None, None, None
     root = scale * torch.linalg.vector_norm(reduced.rows) / length[rows, None]
     coupling = root * W[rows]
-    values = torch.where(rows < factor.num_positive, 1.0, -1.0).to(W.dtype) * root[:, 0] ** 2
+    values = root[:, 0] ** 2
+    if factor.signs is not None:
+        values = values * factor.signs[rows, 0]
     W[rows] = 0.0
     if left is None:
         return _Carried(rows, root, None, None), coupling, values
@@ -806,7 +806,7 @@ def _form_pivot(
             K = P.mul_(slope[:, None]).mul_(slope)
         K.diagonal().add_(layer.curvature.flatten())
         JK = torch.mm(R.mT, K.view(N, a * n), out=scratch(K, r, a * n))
-        G = (R.mT @ JK.view(r * a, N, a)).view(r * a, r * a)
+        G = torch.bmm(R.mT.expand(r * a, r, N), JK.view(r * a, N, a)).view(r * a, r * a)
         G.diagonal().add_(epsilon)
         B = None
         if not first:
@@ -859,6 +859,7 @@ class _Sweep:
     on its way down and once up; or nothing, where not `solvable`. Every recomputation gives the same bits.
     """
 
+    @torch.inference_mode()  # what torch does beside the arithmetic is a third of a small network's time
     def __init__(
         self,
         layers: Sequence[LayerDerivatives],
@@ -870,7 +871,7 @@ class _Sweep:
         solvable: bool = True,
         checkpoint: bool = False,
     ):
-        self.layers, self._epsilons, self.formed, self._many_classes = layers, epsilons, formed, many_classes
+        self.layers, self.epsilons, self.formed, self._many_classes = layers, epsilons, formed, many_classes
         if formed is None:
             self.formed = _form(layers)
         self._length = math.isqrt(len(layers) - 1) + 1 if checkpoint else len(layers)  # of a segment
@@ -892,7 +893,7 @@ class _Sweep:
             self.layers,
             index,
             self.formed,
-            self._epsilons[index],
+            self.epsilons[index],
             above,
             self._many_classes,
             definite_only,
@@ -901,7 +902,9 @@ class _Sweep:
 
     def solve(self, v: Tensor) -> Tensor:
         """(H + εI)⁻¹v for v (P, k)."""
-        return _sweep_solve(self, v)
+        with torch.inference_mode():
+            x = _sweep_solve(self, v)
+        return x.clone()  # for use in an autograd graph
 
     def downward(self) -> Iterator[_Pivot]:
         """The pivots, last layer first."""
@@ -931,12 +934,17 @@ def _copied(above: _CostToGo | None) -> _CostToGo | None:
     return None if above is None else above._replace(P=above.P.clone())
 
 
+def _alike(sweep: _Sweep) -> Iterator[list[int]]:
+    """Indices of neighbouring layers of one shape: what no recursion needs is computed for all of them at once."""
+    shapes = [(x.weight.shape, x.inputs.shape) for x in sweep.layers]
+    for _, members in groupby(range(len(shapes)), key=shapes.__getitem__):
+        yield list(members)
+
+
 def _split(sweep: _Sweep, V: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Of each layer V Q (k, a, r), and V − V Q Qᵀ (k, a, d), None where zero; neighbours of one shape at once."""
+    """Of each layer V Q (k, a, r), and V − V Q Qᵀ (k, a, d), None where zero."""
     inside, outside = [], []
-    shapes = [(block.shape, reduced.rows.shape) for block, reduced in zip(V, sweep.formed.reduced, strict=True)]
-    for _, members in groupby(range(len(V)), key=shapes.__getitem__):
-        members = list(members)
+    for members in _alike(sweep):
         if sweep.formed.reduced[members[0]].basis is None:
             inside += [V[i] for i in members]
             outside += [None] * len(members)
@@ -947,6 +955,38 @@ def _split(sweep: _Sweep, V: Sequence[Tensor]) -> tuple[list[Tensor], list[Tenso
         inside += within
         outside += blocks.sub_(within @ bases.mT)
     return inside, outside
+
+
+def _join(
+    sweep: _Sweep,
+    Y: Sequence[Tensor],
+    outside: Sequence[Tensor | None],
+    states: Sequence[Tensor | None],
+    carried: dict[int, tuple[_Carried, Tensor]],
+) -> list[Tensor]:
+    """X = Y Qᵀ + X⊥ (k, a, d) of each layer, X⊥ = (V − λᵀ[t, 0])(I − QQᵀ)/ε but for what was carried: `outside` is
+    V(I − QQᵀ), `states` t_{ℓ-1} (k, N, a′), and `carried` has the parameters U Z Q⊥ᵀ."""
+    X = []
+    for members in _alike(sweep):
+        if outside[members[0]] is None:
+            X += [Y[i] for i in members]
+            continue
+        free = torch.stack([outside[i] for i in members])
+        bases = torch.stack([sweep.formed.reduced[i].basis for i in members])[:, None]  # (g, 1, d, r)
+        last = states[members[-1]]
+        if last is not None:
+            width = last.shape[2]
+            t = torch.stack([torch.zeros_like(last) if states[i] is None else states[i] for i in members])  # t_0 = 0
+            coupled = torch.stack([sweep.layers[i].adjoint for i in members])[:, None].mT @ t  # (g, k, a, a′)
+            free += (coupled @ bases[:, :, :width]) @ bases.mT
+            free[..., :width] -= coupled
+        for x, i in zip(free, members, strict=True):
+            x /= sweep.epsilons[i]
+            if i in carried and carried[i][0].left is not None:
+                left, w = carried[i][0].left, carried[i][1]
+                x += carried[i][0].perpendicular(w) - left @ (left.mT @ x)
+        X += free.add_(torch.stack([Y[i] for i in members]) @ bases.mT)
+    return X
 
 
 def _sweep_solve(sweep: _Sweep, v: Tensor) -> Tensor:
@@ -977,31 +1017,23 @@ def _sweep_solve(sweep: _Sweep, v: Tensor) -> Tensor:
                 p_carried = torch.cat([p_carried, carried.of_perpendicular(V[index])], 1)
             below = below + layer.adjoint @ free[:, :, :width] / pivot.damping
         p = below
-    X, t, w = [], None, None
+    Y, inputs, t, w = [], [], None, None
+    parameters = {}  # of what was carried: index → carried, U Z Q⊥ᵀ's Z
     for index, (pivot, state) in enumerate(zip(sweep.upward(), reversed(states), strict=True)):
-        layer, (basis, rows), carried = layers[index], pivot.reduced, pivot.carried
+        layer, rows, carried = layers[index], pivot.reduced.rows, pivot.carried
         a, num_rows = len(layer.weight), 0 if carried is None else len(carried.rows)
         solved = pivot.solver.forward(
             state, None if t is None else t.flatten(1).mT, carried, None if carried is None else w[:, :num_rows].mT
         ).mT  # (k, r a and what was carried into this layer)
-        Y = solved[:, : rows.shape[1] * a].unflatten(1, (-1, a))  # (k, r, a), transposed
-        x = _from_basis(Y.mT, basis)
-        if basis is not None:  # X⊥ = (V − λᵀ[t, 0])(I − QQᵀ)/ε, but for what was carried
-            free = outside[index]
-            if t is not None:
-                width = layer.weight.shape[1]
-                coupled = layer.adjoint.mT @ t
-                free = free + (coupled @ basis[:width]) @ basis.mT
-                free[:, :, :width] -= coupled
-            free = free / pivot.damping
-            if carried is not None and carried.left is not None:
-                free = free - carried.left @ (carried.left.mT @ free) + carried.perpendicular(w[:, num_rows:])
-            x = x + free
+        if carried is not None:
+            parameters[index] = carried, w[:, num_rows:]
+        y = solved[:, : rows.shape[1] * a].unflatten(1, (-1, a))  # (k, r, a)
         w = solved[:, rows.shape[1] * a :]
-        X.append(x)
-        s = rows @ Y if t is None else rows @ Y + t @ layer.weight.mT  # z̃ X⊥ᵀ = 0
+        Y.append(y.mT)
+        inputs.append(t)
+        s = rows @ y if t is None else rows @ y + t @ layer.weight.mT  # z̃ X⊥ᵀ = 0
         t = _with_skip(layer.skip, layer.slope * s, t)
-    return _flatten(layers, X)
+    return _flatten(layers, _join(sweep, Y, outside, inputs, parameters))
 
 
 # ------------------------------------------------------------------------------------------ factor and solve
@@ -1036,7 +1068,7 @@ class _Dense:
                 f"H + damping·I, factored densely at damping={damping}, has an exactly singular pivot: choose another",
                 damping=damping,
             )
-        self._factor, self.num_negative, self.logabsdet = factor, factor.num_negative(), factor.logabsdet()
+        self._factor, self.num_negative, self.logabsdet = factor, factor.num_negative, factor.logabsdet
 
     def solve(self, v: Tensor) -> Tensor:
         """(H + εI)⁻¹v for v (P, k)."""
@@ -1148,9 +1180,7 @@ class HessianFactorization:
 
     def _direct(self, v: Tensor) -> Tensor:
         dtype = torch.float32 if self.precision == "mixed" else torch.float64
-        size = _largest_matrix(self._layers, self.route) if v.shape[1] >= _MANY_COLUMNS else 0
-        with one_pool(v.device, size):
-            return self._factor.solve(v.to(dtype)).to(torch.float64)
+        return self._factor.solve(v.to(dtype)).to(torch.float64)
 
     def _product(self, v: Tensor) -> Tensor:
         return _product(self._layers, v) + _damping_vector(self._layers, self._epsilons) * v
@@ -1255,7 +1285,7 @@ def _factorize(
     )
     factored = tuple(map(_in_float32, layers)) if precision == "mixed" else layers
     try:
-        with one_pool(layers[0].weight.device, _largest_matrix(layers, route)):
+        with one_pool(layers[0].weight.device):
             if route == "sweep":
                 factor = _Sweep(
                     factored,
@@ -1319,16 +1349,6 @@ def _factorize(
 def _may_gram(curvature: str, state_damping: float, epsilons: Sequence[float]) -> bool:
     """The Gram route knows no state damping, and divides by ε."""
     return curvature == "gauss_newton" and state_damping == 0 and all(epsilons)
-
-
-def _largest_matrix(layers: Sequence[LayerDerivatives], route: str) -> int:
-    """The size of the largest matrix that the route factors, nearly: of a sweep N a."""
-    N = len(layers[0].inputs)
-    if route == "dense":
-        return num_parameters(shapes_of_layers(layers))
-    if route == "gram":
-        return N * len(layers[-1].weight)
-    return N * max(len(layer.weight) for layer in layers)
 
 
 def _cheapest_route(

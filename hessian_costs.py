@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from hessian_checks import check_choices, checked_curvature
+from hessian_linear_algebra import BLOCK
 
 if TYPE_CHECKING:
     from hessian import DeepMLPWithTracking, LayerDerivatives
@@ -57,20 +58,36 @@ class LayerOperations(NamedTuple):
     eliminate: float  # to subtract it from the cost-to-go, and form that
 
 
+def factor_operations(m: float) -> float:
+    """Of a symmetric matrix (m, m) by blocks; of a small one, with its inverse."""
+    return m**3 / 3 + min(BLOCK, m) * m**2
+
+
+def _whiten_operations(m: float, n: float) -> float:
+    """F⁻¹B for B (m, n)."""
+    return (m + min(BLOCK, m)) * m * n
+
+
+def _update_operations(m: float, n: float) -> float:
+    """WᵀW for W (m, n), one half of it by blocks; of a small one, all of it."""
+    return (n + min(BLOCK, n)) * m * n
+
+
 def layer_operations(shapes: Sequence[LayerShape], index: int, N: int, many_classes: bool = False) -> LayerOperations:
     """Floating-point operations of the sweep in one layer; nothing carried."""
     (a, width, d, skip, _), first, last = shapes[index], index == 0, index == len(shapes) - 1
     r = min(N, d)
     m, n, below = a * r, N * a, 0 if first else N * width
-    update = m * below**2  # BᵀG⁻¹B, one half of it
+    update = _update_operations(m, below)  # BᵀG⁻¹B
     if many_classes and last:
         return LayerOperations(10 * a * (r**3 + N**3), 2 * m * r * below + update)
-    eliminate = m * m * below + update  # F⁻¹B
+    eliminate = _whiten_operations(m, below) + update
     if last:
-        return LayerOperations(2 * r * r * N * a * a + m**3 / 3, eliminate + 2 * N * a * width * width * (not first))
+        form = 2 * r * r * N * a * a
+        return LayerOperations(form + factor_operations(m), eliminate + (0 if first else 2 * N * a * width * width))
     couple = 2 * width * n * n + 2 * a * width * N * below + 2 * N * m * below  # K A, Aᵀ K A, Jᵀ K A
     couple += 2 * n * N * a * width if skip else 0  # Aᵀφ′P
-    return LayerOperations(2 * r * n * n + 2 * r * m * n + m**3 / 3, 0 if first else couple + eliminate)
+    return LayerOperations(2 * r * n * n + 2 * r * m * n + factor_operations(m), 0 if first else couple + eliminate)
 
 
 def natural_operations(shapes: Sequence[LayerShape], N: int) -> float:
@@ -106,13 +123,13 @@ def count_operations(shapes: Sequence[LayerShape], N: int, gauss_newton: bool = 
     operations = {
         "sweep": sum(sum(layer_operations(shapes, index, N, many)) for index in range(len(shapes)))
         + natural_operations(shapes, N),
-        "dense": P * product_operations(shapes, N) + P**3 / 3,
+        "dense": P * product_operations(shapes, N) + factor_operations(P),
     }
     derivatives = 4 * N * P
     if gauss_newton:
         n = N * num_scaled_outputs(shapes)
         jacobian = sum(2 * n * x.a * x.width for x in shapes[1:])
-        operations["gram"] = 2 * n * n * sum(x.a for x in shapes) + jacobian + n**3 / 3
+        operations["gram"] = 2 * n * n * sum(x.a for x in shapes) + jacobian + factor_operations(n)
         operations["gram"] += 2 * N * N * sum(x.d for x in shapes)  # z̃z̃ᵀ
     return {route: count + derivatives for route, count in operations.items()}
 

@@ -339,8 +339,8 @@ class GramFactor:
                 damping=damping,
             )
         self._factor = factor
-        self.num_negative = int((self._damping < 0).sum()) - factor.num_negative()
-        self.logabsdet = float(self._damping.abs().log().sum()) + factor.logabsdet()
+        self.num_negative = int((self._damping < 0).sum()) - factor.num_negative
+        self.logabsdet = float(self._damping.abs().log().sum()) + factor.logabsdet
 
     def solve(self, v: Tensor) -> Tensor:
         """(JᵀJ + D)⁻¹v for v (P, k)."""

@@ -14,11 +14,8 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 UNIT_ROUNDOFF = 2.0**-53
-_UPDATE_BLOCK = 512  # without LAPACK, symmetric updates are done by rows of blocks of this size, the lower half only
-_MIRROR_BLOCK = 128
-_MANY_THREADS = 512  # matrices that are worth more than one thread of LAPACK
-_SMALL = 128  # matrices for which calls cost more than operations
-_ROTATED_COLUMNS = 256
+BLOCK = 128  # symmetric matrices are factored, updated, and mirrored by blocks of this size
+_PIVOT_GROWTH = 1e3
 NULL = 1e-12  # relative to ‖A‖: what `minimum_norm` takes for the null space
 _MAX_REFINEMENTS = 40
 _PATIENCE = 5  # refinement above rtol goes on while the residual halves in this many steps
@@ -27,255 +24,191 @@ _SHIFTS = (1e-7, 1e-8)  # relative to ‖A‖; the larger resolves fewer eigenva
 
 
 class SymmetricFactor(NamedTuple):
-    """G = F Σ Fᵀ with F = Πᵀ L V |D|^½ Sᵀ: Cholesky (L alone), or LDLᵀ whose 2 × 2 blocks V diagonalizes. S puts the
-    positive pivots first."""
+    """G = F Σ Fᵀ, Σ = ±1, F block lower triangular; pivots are chosen within its diagonal blocks F_kk, whose inverses
+    are kept: products alone are left, which run at full rate on every device, as triangular solves don't."""
 
-    lower: Tensor  # (m, m), only the lower triangle is read
-    num_positive: int  # Σ = diag(1, …, 1, −1, …, −1)
-    root: np.ndarray  # (m,) |D|^½ in the order of Σ
-    interchanges: _Interchanges | None  # None for Cholesky
+    matrix: Tensor  # (m, m) F_kk⁻¹ in the diagonal blocks, the rows of Fᵀ to the right of them; the rest is not read
+    edges: list[int]  # rows edges[k] … edges[k + 1] are block k
+    signs: Tensor | None  # (m, 1) the diagonal of Σ; None: ones
+    num_negative: int
+    logabsdet: float
 
-    def whiten(self, b: Tensor, scratch: Callable[..., Tensor] | None = None) -> Tensor:
-        """F⁻¹ b for b (m, k), which may be overwritten. scratch(like, *shape): memory to work in."""
-        if self.interchanges is None:
-            return solve_triangular(self.lower, b)
-        order, pairs, cosine, sine, sort, scale = self.interchanges
-        ordered = b[order] if scratch is None else torch.index_select(b, 0, order, out=scratch(b, *b.shape))
-        solved = solve_triangular(self.lower, ordered, unit=True)
-        _rotate(solved, pairs, cosine, -sine)
-        return torch.index_select(solved, 0, sort, out=b).div_(scale)
+    def whiten(self, b: Tensor) -> Tensor:
+        """F⁻¹ b for b (m, k), which may be overwritten."""
+        if len(self.edges) == 2:
+            return self.matrix @ b
+        for start, stop in zip(self.edges, self.edges[1:], strict=False):
+            rows = b[start:stop]
+            if start:
+                rows = torch.addmm(rows, self.matrix[:start, start:stop].mT, b[:start], alpha=-1)
+            b[start:stop] = self.matrix[start:stop, start:stop] @ rows
+        return b
 
     def unwhiten(self, b: Tensor) -> Tensor:
         """F⁻ᵀ b for b (m, k), which may be overwritten."""
-        if self.interchanges is None:
-            return solve_triangular(self.lower, b, transpose=True)
-        order, pairs, cosine, sine, sort, scale = self.interchanges
-        b = torch.empty_like(b).index_copy_(0, sort, b / scale)
-        _rotate(b, pairs, cosine, sine)
-        solved = solve_triangular(self.lower, b, transpose=True, unit=True)
-        return torch.empty_like(solved).index_copy_(0, order, solved)
+        if len(self.edges) == 2:
+            return self.matrix.mT @ b
+        for start, stop in zip(self.edges[-2::-1], self.edges[:0:-1], strict=True):
+            rows = b[start:stop]
+            if stop < len(b):
+                rows = torch.addmm(rows, self.matrix[start:stop, stop:], b[stop:], alpha=-1)
+            b[start:stop] = self.matrix[start:stop, start:stop].mT @ rows
+        return b
 
     def sign(self, b: Tensor) -> Tensor:
         """Σ b in place."""
-        b[self.num_positive :].neg_()
-        return b
-
-    def num_negative(self) -> int:
-        return len(self.lower) - self.num_positive
-
-    def logabsdet(self) -> float:
-        return 2 * float(np.log(self.root).sum())
+        return b if self.signs is None else b.mul_(self.signs)
 
 
-class _Interchanges(NamedTuple):
-    order: Tensor  # (m,) Π as row order: (Π G Πᵀ) = G[order][:, order]
-    pairs: Tensor  # (p,) first rows of the 2 × 2 blocks
-    cosine: Tensor  # (p, 1) the eigenvectors of block i are the columns of [[cᵢ, sᵢ], [−sᵢ, cᵢ]]
-    sine: Tensor  # (p, 1)
-    sort: Tensor  # (m,) S as row order
-    scale: Tensor  # (m, 1) |D|^½, sorted
+def factor_symmetric(G: Tensor, definite_only: bool = False) -> SymmetricFactor | None:
+    """Factor G (m, m), which is overwritten; None where a pivot is exactly zero, or, where `definite_only`, where G is
+    not positive definite.
+
+    A block whose elimination would add more than _PIVOT_GROWTH times G's largest entry to an entry of the rest is
+    taken with as many rows after it: an eigenvalue of its own may be near 0 though G has none.
+    """
+    m = len(G)
+    if m <= BLOCK:
+        block = _factor_block(G, definite_only)
+        return block and SymmetricFactor(block.inverse, [0, m], block.signs, block.num_negative, block.logabsdet)
+    bound = math.sqrt(_PIVOT_GROWTH * float(largest_entry(G)))
+    signs, num_negative, logabsdet = G.new_ones(m, 1), 0, 0.0
+    edges, updated, size = [0], 0, BLOCK
+    while edges[-1] < m:
+        start, stop = edges[-1], min(edges[-1] + size, m)
+        if start and updated < stop:
+            above = G[:start, updated:stop]
+            above = signs[:start] * above if num_negative else above
+            G[updated:stop, start:].addmm_(above.mT, G[:start, start:], alpha=-1)
+        updated = stop
+        block = _factor_block(G[start:stop, start:stop], definite_only)
+        if block is not None and stop < m:
+            rows = (block.inverse if block.signs is None else block.signs * block.inverse) @ G[start:stop, stop:]
+            if not float(largest_entry(rows)) <= bound:
+                block = None
+        if block is None:
+            if definite_only or stop == m:
+                return None
+            size *= 2
+            continue
+        G[start:stop, start:stop] = block.inverse
+        if stop < m:
+            G[start:stop, stop:] = rows
+        if block.signs is not None:
+            signs[start:stop] = block.signs
+        num_negative, logabsdet = num_negative + block.num_negative, logabsdet + block.logabsdet
+        edges.append(stop)
+        size = BLOCK
+    return SymmetricFactor(G, edges, signs if num_negative else None, num_negative, logabsdet)
 
 
-def _rotate(b: Tensor, pairs: Tensor, cosine: Tensor, sine: Tensor) -> None:
-    if len(pairs) == 0:
-        return
-    for columns in b.split(_ROTATED_COLUMNS, 1):  # a few at a time, for the memory
-        first, second = columns[pairs], columns[pairs + 1]
-        columns[pairs] = torch.addcmul(cosine * first, sine, second)
-        columns[pairs + 1] = torch.addcmul(cosine * second, sine, first, value=-1)
-
-
-def factor_symmetric(G: Tensor, definite_only: bool = False, definite_first: bool = True) -> SymmetricFactor | None:
-    """Factor G (m, m), both triangles of which are read, and overwritten if it is contiguous; None where a pivot is
-    exactly zero, or, where `definite_only`, where G is not positive definite. definite_first: try Cholesky first."""
-    G = G.contiguous()  # what LAPACK would copy otherwise, and not overwrite
-    diagonal = G.diagonal().clone()
-    if definite_first or definite_only:
-        lower = cholesky(G)  # a Cholesky factor exists ⇔ G ≻ 0; asking costs a host synchronization
-        if lower is not None:
-            return SymmetricFactor(lower, len(G), lower.diagonal().numpy(force=True), None)
-        if definite_only:
-            return None
-        G.diagonal().copy_(diagonal)
-    found = _ldl(G)
-    if found is None:
-        return None
-    lower, D, below, order, pairs = found
-    # Jacobi's rotation of each 2 × 2 block [[D_i, b], [b, D_{i+1}]], b ≠ 0: t = tan of its angle
-    b = below[pairs]
-    tau = (D[pairs + 1] - D[pairs]) / (2 * b)
-    t = np.where(tau < 0, -1.0, 1.0) / (np.abs(tau) + np.hypot(tau, 1.0))
-    cosine = 1 / np.sqrt(1 + t * t)
-    D[pairs] -= t * b
-    D[pairs + 1] += t * b
-    if not (np.isfinite(D) & (D != 0)).all():
-        return None
-    sort = np.argsort(D < 0, kind="stable")
-    root = np.sqrt(np.abs(D[sort]))
-
-    def to(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(G.device)
-
-    column = [to(x.astype(root.dtype)[:, None]) for x in (cosine, t * cosine, root)]
-    interchanges = _Interchanges(to(order), to(pairs), column[0], column[1], to(sort), column[2])
-    return SymmetricFactor(lower, len(G) - int((D < 0).sum()), root, interchanges)
-
-
-# ------------------------------------------------------------------------- kernels: in place, on the CPU by LAPACK
-#
-# torch copies before it factors, zeroes the other triangle after it, and updates both halves of a symmetric matrix;
-# these don't. A row-major matrix is to LAPACK its transpose: what is the lower triangle here is the upper one there.
+# ---------------------------------------------------------------------------------- diagonal blocks, by LAPACK
 
 
 _BLAS_THREADS = ThreadpoolController().select(user_api="blas")
 
 
 @contextmanager
-def one_pool(device: torch.device, size: int):
-    """Let one pool of threads work at a time, torch's or LAPACK's: each spins while it waits for work, on the cores
-    that the other needs, and small sweeps took ten times as long. For matrices of `size`: LAPACK's where that is large,
-    else torch's. What both were set to comes back at the end."""
+def one_pool(device: torch.device):
+    """LAPACK's pool of threads does not work beside torch's, each of which spins, while it waits for work, on the cores
+    that the other needs: small sweeps took ten times as long. What it was set to comes back at the end."""
     if device.type != "cpu":
         yield
         return
-    threads = torch.get_num_threads()
-    large = size >= _MANY_THREADS
-    with _BLAS_THREADS.limit(limits=threads if large else 1):
-        if not large:
-            yield
-            return
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-
-
-def _by_lapack(x: Tensor) -> bool:
-    return x.is_cpu
+    with _BLAS_THREADS.limit(limits=1):
+        yield
 
 
 _KERNELS = {
     dtype: {name: getattr(module, prefix + name) for module, names in modules for name in names}
-    for dtype, prefix in ((torch.float64, "d"), (torch.float32, "s"))
-    for modules in [((lapack, ("potrf", "sytrf", "syconv")), (blas, ("trsm", "trsv", "syrk")))]
+    for dtype, prefix in ((np.dtype("float64"), "d"), (np.dtype("float32"), "s"))
+    for modules in [((lapack, ("potrf", "sytrf", "syconv", "laswp")), (blas, ("trsm",)))]
 }
 
 
-def _lapack(name: str, like: Tensor) -> Callable:
+def _lapack(name: str, like: np.ndarray) -> Callable:
     return _KERNELS[like.dtype][name]
 
 
-def cholesky(G: Tensor) -> Tensor | None:
-    """L, lower triangular, G = L Lᵀ; None where there is none. The lower triangle and the diagonal are overwritten on
-    the CPU, G's strict upper triangle is not."""
-    if not _by_lapack(G):
-        lower, info = torch.linalg.cholesky_ex(G)
-        return lower if int(info) == 0 else None
-    _, info = _lapack("potrf", G)(G.numpy().T, lower=0, overwrite_a=1, clean=0)
-    return G if info == 0 and bool(torch.isfinite(G.diagonal()).all()) else None
+class _Block(NamedTuple):
+    inverse: Tensor  # (m, m) F⁻¹, as in SymmetricFactor
+    signs: Tensor | None
+    num_negative: int
+    logabsdet: float
 
 
-def _ldl(G: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-    """L with Π G Πᵀ = L D Lᵀ (of which the strict lower triangle is to be read), the diagonal of D and what stands
-    below it, the order Π, and the first rows of the 2 × 2 blocks. None where a pivot is zero."""
-    if _by_lapack(G):
-        packed, pivots, info = _lapack("sytrf", G)(G.numpy().T, lower=1, lwork=64 * len(G), overwrite_a=1)
-        if info != 0:
-            return None
-        D = packed.diagonal().copy()
-        lower, below, _ = _lapack("syconv", G)(packed, pivots, lower=1, way=0, overwrite_a=1)
-        _, order, pairs = _read_pivots(pivots.tolist())
-        return torch.from_numpy(lower), D, below, order, pairs
-    packed, pivots, info = torch.linalg.ldl_factor_ex(G)
-    if int(info) != 0:
-        return None
-    D, below = packed.diagonal().numpy(force=True).copy(), packed.diagonal(-1).numpy(force=True)
-    steps, order, pairs = _read_pivots(pivots.tolist())
-    return _unpack_ldl(packed, steps, pairs), D, below, order, pairs
+def _factor_block(block: Tensor, definite_only: bool) -> _Block | None:
+    """`block` = F Σ Fᵀ without blocks; None where a pivot is zero, or, where `definite_only`, one is negative.
 
-
-def _read_pivots(pivots: list[int]) -> tuple[list[tuple[int, int, int]], np.ndarray, np.ndarray]:
-    """Of LAPACK's sytrf (lower): its steps, each the first column of a block and the two rows interchanged; the order
-    Π; and the first rows of the 2 × 2 blocks."""
-    steps, order, k = [], list(range(len(pivots))), 0
-    while k < len(pivots):
-        row = k if pivots[k] > 0 else k + 1
-        other = abs(pivots[row]) - 1
-        steps.append((k, row, other))
-        order[row], order[other] = order[other], order[row]
-        k = row + 1
-    pairs = [first for first, row, _ in steps if row > first]
-    return steps, np.array(order, dtype=np.int64), np.array(pairs, dtype=np.int64)
-
-
-def _unpack_ldl(packed: Tensor, steps: list[tuple[int, int, int]], pairs: np.ndarray) -> Tensor:
-    """LAPACK's sytrf output (lower) → L: its syconv, which torch lacks.
-
-    sytrf leaves L as a product of interchanges and elementary factors: an interchange made at step k was not applied
-    to the columns before k. Column j's rows are therefore read in the order of all interchanges after j composed.
+    By Cholesky; where there is none by LDLᵀ with Bunch–Kaufman pivots, Π G Πᵀ = L D Lᵀ, and F = Πᵀ L V |D|^½, where V
+    are the eigenvectors of the 2 × 2 blocks of D. On the CPU, wherever the block is.
     """
-    m = len(packed)
-    rows = np.empty((m, m), dtype=np.int64)  # row j: where the entries of L's column j stand in `packed`
-    current, position, filled = np.arange(m), list(range(m)), m
-    for k, i, j in reversed(steps):
-        if i != j:
-            rows[k:filled], filled = current, k
-            current[position[i]], current[position[j]] = j, i
-            position[i], position[j] = position[j], position[i]
-    rows[:filled] = current
-    lower = packed.mT.gather(1, torch.from_numpy(rows).to(packed.device)).mT
-    pairs = torch.from_numpy(pairs).to(packed.device)
-    lower[pairs + 1, pairs] = 0.0  # that entry belongs to D
-    return lower
+    G = block.numpy(force=True)
+    inverse = np.eye(len(G), dtype=G.dtype).T  # a row-major matrix is to LAPACK, column-major, its transpose
+    from_right = dict(side=1, lower=1, trans_a=1, overwrite_b=1)
+    L, info = _lapack("potrf", G)(G.copy().T, lower=1, overwrite_a=1, clean=0)
+    if info == 0:
+        logabsdet = 2 * float(np.log(L.diagonal()).sum())
+        if not math.isfinite(logabsdet):
+            return None
+        inverse = _lapack("trsm", G)(1.0, L, inverse, **from_right).T
+        return _Block(torch.from_numpy(inverse).to(block.device), None, 0, logabsdet)
+    if definite_only:
+        return None
+    packed, pivots, info = _lapack("sytrf", G)(G.copy().T, lower=1, lwork=64 * len(G), overwrite_a=1)
+    if info != 0:
+        return None
+    D = packed.diagonal().copy()
+    L, below, _ = _lapack("syconv", G)(packed, pivots, lower=1, way=0, overwrite_a=1)
+    first = np.flatnonzero(pivots < 0)[::2]  # rows of the 2 × 2 blocks; the negative pivots come in twos
+    interchanged = np.abs(pivots) - 1
+    interchanged[first] = first
+    inverse = _lapack("laswp", G)(inverse, interchanged, inc=-1, overwrite_a=1)
+    inverse = _lapack("trsm", G)(1.0, L, inverse, diag=1, **from_right).T
+    if len(first):
+        # Jacobi's rotation of each 2 × 2 block [[D_i, b], [b, D_{i+1}]], b ≠ 0: t = tan of its angle
+        second, b = first + 1, below[first]
+        tau = (D[second] - D[first]) / (2 * b)
+        t = np.copysign(1 / (np.abs(tau) + np.sqrt(1 + tau * tau)), tau)
+        D[first] -= t * b
+        D[second] += t * b
+        cosine = (1 / np.sqrt(1 + t * t))[:, None]
+        sine = t[:, None] * cosine
+        upper, lower = inverse[first], inverse[second]
+        inverse[first] = cosine * upper - sine * lower
+        inverse[second] = cosine * lower + sine * upper
+    size = np.abs(D)
+    logabsdet = float(np.log(size).sum()) if size.all() else math.nan
+    if not math.isfinite(logabsdet):
+        return None
+    inverse /= np.sqrt(size)[:, None]
+    signs = np.sign(D)[:, None]
+    return _Block(*(torch.from_numpy(x).to(block.device) for x in (inverse, signs)), int((D < 0).sum()), logabsdet)
 
 
-def solve_triangular(lower: Tensor, b: Tensor, transpose: bool = False, unit: bool = False) -> Tensor:
-    """L⁻¹b, or L⁻ᵀb, for b (m, k), on the CPU in its place if b is contiguous. `unit`: L's diagonal is ones, unread."""
-    if not _by_lapack(b):
-        return torch.linalg.solve_triangular(lower.mT if transpose else lower, b, upper=transpose, unitriangular=unit)
-    # LAPACK's view of L: itself in column-major order, or an upper triangle
-    L, flipped = (lower.numpy().T, True) if lower.is_contiguous() else (lower.numpy(), False)
-    b = b.contiguous()
-    if 0 in b.shape:
-        return b
-    if b.shape[1] == 1:
-        x = b.numpy()[:, 0]
-        x = _lapack("trsv", b)(L, x, lower=not flipped, trans=transpose != flipped, diag=unit, overwrite_x=1)
-        return torch.from_numpy(x)[:, None]
-    # from the right: bᵀ L⁻ᵀ, since bᵀ is what LAPACK sees of b
-    right = dict(side=1, lower=not flipped, trans_a=transpose == flipped, diag=unit, overwrite_b=1)
-    return torch.from_numpy(_lapack("trsm", b)(1.0, L, b.numpy().T, **right).T)
-
-
-def subtract_gram(P: Tensor, W: Tensor, num_positive: int) -> None:
-    """P ← P − W₊ᵀW₊ + W₋ᵀW₋ in the lower triangle of P, in place; W₊ (m, n) the first rows of W, W₋ the others. Where P
-    is small, in all of it, which is faster there."""
-    for rows, sign in ((W[:num_positive], -1.0), (W[num_positive:], 1.0)):
-        if len(rows) == 0:
-            continue
-        if len(P) <= _SMALL:
-            P.addmm_(rows.mT, rows, alpha=sign)
-            continue
-        if _by_lapack(P):
-            assert P.is_contiguous()  # else LAPACK would update a copy
-            _lapack("syrk", P)(sign, rows.numpy().T, beta=1.0, c=P.numpy().T, lower=0, overwrite_c=1)
-            continue
-        for start in range(0, len(P), _UPDATE_BLOCK):
-            stop = min(start + _UPDATE_BLOCK, len(P))
-            P[start:stop, :stop].addmm_(rows[:, start:stop].mT, rows[:, :stop], alpha=sign)
+def subtract_gram(P: Tensor, W: Tensor, signs: Tensor | None) -> None:
+    """P ← P − Wᵀ Σ W in the lower triangle of P (n, n), in place, for W (m, n) and the diagonal of Σ (m, 1), or None
+    for Σ = I. Where P is small, in all of it, which is faster there."""
+    if len(P) <= BLOCK:
+        P.addmm_((W if signs is None else signs * W).mT, W, alpha=-1)
+        return
+    for start in range(0, len(P), BLOCK):
+        stop = min(start + BLOCK, len(P))
+        columns = W[:, start:stop]
+        P[start:stop, :stop].addmm_((columns if signs is None else signs * columns).mT, W[:, :stop], alpha=-1)
 
 
 def largest_entry(P: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(P, math.inf)
+    least, largest = torch.aminmax(P)  # ten times as fast as the norm, on one core
+    return torch.maximum(-least, largest)
 
 
 def mirror(P: Tensor) -> None:
     """Copy the lower triangle, as `subtract_gram` leaves it, to the upper one."""
-    if len(P) <= _SMALL:
+    if len(P) <= BLOCK:
         return
-    for start in range(0, len(P), _MIRROR_BLOCK):
-        stop = min(start + _MIRROR_BLOCK, len(P))
+    for start in range(0, len(P), BLOCK):
+        stop = min(start + BLOCK, len(P))
         P[:start, start:stop] = P[start:stop, :start].mT
         block = P[start:stop, start:stop]
         block.copy_(block.tril() + block.tril(-1).mT)

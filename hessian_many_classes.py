@@ -77,14 +77,14 @@ class ManyClassPivot(NamedTuple):
             scale = self.values[chunk].abs().sqrt()[:, None, :]  # (c, 1, r)
             whitening = self.vectors[chunk] / scale
             white = (whitening.mT @ B.flatten(2)).flatten(0, 1)  # (c r, n′)
-            _subtract_signed(P, white, self.values[chunk].flatten())
+            subtract_gram(P, white, self.values[chunk].sign().view(-1, 1))
             if self.capacitance is not None:
                 U = layer.output.rank_one[:, chunk].mT[:, :, None] * R  # (c, N, r)
                 signed = white * self.values[chunk].sign().view(-1, 1)
                 correction += (U @ whitening).transpose(0, 1).flatten(1) @ signed
         if self.capacitance is not None:
             values, vectors = self.capacitance
-            _subtract_signed(P, vectors.mT @ correction / values.abs().sqrt()[:, None], values)
+            subtract_gram(P, vectors.mT @ correction / values.abs().sqrt()[:, None], values.sign()[:, None])
 
     def backward(self, q: Tensor, carried: None) -> tuple[Tensor, Tensor, None]:
         """From q (m, k): what `forward` needs of it, and BᵀG⁻¹q (n′, k). Nothing is carried."""
@@ -110,11 +110,3 @@ class ManyClassPivot(NamedTuple):
     def logabsdet(self) -> Tensor:
         total = self.values.abs().log().sum()
         return total if self.capacitance is None else total + self.capacitance[0].abs().log().sum()
-
-
-def _subtract_signed(P: Tensor, W: Tensor, signs: Tensor) -> None:
-    """P ← P − Wᵀ sign W, in the lower triangle."""
-    positive = signs > 0
-    if not bool(positive.all()):
-        W = torch.cat([W[positive], W[~positive]])
-    subtract_gram(P, W, int(positive.sum()))

@@ -44,7 +44,7 @@ from hessian import (
     _modified,
 )
 from hessian_checks import checked_nonnegative
-from hessian_costs import count_operations, route_costs, shapes_of_layers
+from hessian_costs import count_operations, factor_operations, route_costs, shapes_of_layers
 from hessian_gram import DampedSystem, GramSystem, count_gram_operations
 from newton_trust_region import TrustRegionStep, _trust_region, trust_region_step
 
@@ -821,8 +821,8 @@ def _step_cost(model: DeepMLPWithTracking, group: dict, batch_size: int, num_dam
         kept, solve = 0, _sweep_bytes(layers)
     else:
         formed_once = group["curvature"] == "hessian" and group["metric"] == "parameter"
-        forming = counted[route] - reduced**3 / 3
-        operations += tries * reduced**3 / 3 + (1 if formed_once else tries) * forming
+        forming = counted[route] - factor_operations(reduced)
+        operations += tries * factor_operations(reduced) + (1 if formed_once else tries) * forming
         kept, solve = 0, 8 * 3 * reduced**2
     batch = 8 * N * 2 * d + 5 * N * state
     alive = max(solve + 8 * reduced * _SOLVE_VECTORS, kept + 8 * P * _UPDATE_VECTORS)
