@@ -146,7 +146,8 @@ if TYPE_CHECKING:
 Damping = float | tuple[float, ...]
 
 _REFINED_NUMBERS = 2**23  # right-hand sides are refined together up to this many numbers
-_PROBE_RTOL = 1e-10  # of the trial solve that decides whether a float32 factor will do
+_PROBE_RTOL = 1e-10  # of the trial solve that decides whether a float32 factor will do,
+_PROBE_STEPS, _PROBE_QUICK_RTOL = 3, 1e-3  # or as many steps that reach this: then ten would reach _PROBE_RTOL
 _TINY = 1e-30  # keeps 0/0 out
 _GROWTH = 1e4  # a pivot that would add more than so many times the cost-to-go's natural size to it is carried
 _DENSE_TRIAL = 3000  # a failed solve tries the dense route for its error message up to this many parameters
@@ -567,6 +568,7 @@ class _CostToGo(NamedTuple):
     P: Tensor  # (n, n)
     coupling: Tensor | None  # (k, n) b
     values: Tensor | None  # (k,) d
+    definite: bool  # every pivot above was
 
 
 class _Carried(NamedTuple):
@@ -657,6 +659,7 @@ def _eliminate_layer(
     The matrix of `above` is overwritten. definite_only: _Indefinite where a pivot is not positive definite.
     """
     layer, reduced = layers[index], formed.reduced[index]
+    definite = above is None or above.definite
     (a, width), (N, r) = layer.weight.shape, reduced.rows.shape
     perpendicular = a * (layer.inputs.shape[1] - r)  # dimensions of X⊥
     if perpendicular and epsilon == 0:
@@ -667,17 +670,19 @@ def _eliminate_layer(
             raise _singular(index, epsilon, "the same row added to the weights of every class changes nothing")
         solver = ManyClassPivot.form(layer, reduced.basis, reduced.rows, epsilon)
         negative, logabsdet = solver.num_negative(), float(solver.logabsdet())
+        definite = negative == 0
         if index:
             P = _output_cost_to_go(layer)
             solver.reduce(P)
     else:
         G, B, P = _form_pivot(layer, reduced, epsilon, above, scratch, first=index == 0)
-        factor = factor_symmetric(G, definite_only)
+        factor = factor_symmetric(G, epsilon, definite_only=definite_only, definite_first=definite)
         if factor is None and definite_only:
             raise _Indefinite(index)
         if factor is None:
             raise _singular(index, epsilon, "its pivot is exactly singular")
         negative, logabsdet = factor.num_negative, factor.logabsdet
+        definite = definite and negative == 0
         if index:
             W = factor.whiten(B)
             carried, coupling, values = _carry(layer, reduced, epsilon, factor, W, formed.scales[index])
@@ -705,7 +710,7 @@ def _eliminate_layer(
             P.view(N, width, N, width).addcmul_(
                 (adjoint @ adjoint.mT)[:, None, :, None], reduced.outside[:, None, :], value=-1 / epsilon
             )
-    below = None if P is None else _CostToGo(P, coupling, values)
+    below = None if P is None else _CostToGo(P, coupling, values, definite)
     return _Pivot(reduced, epsilon, solver, carried), _Count(negative, logabsdet), below
 
 
@@ -1059,7 +1064,7 @@ class _Dense:
         self.formed = _dense_hessian(layers, len(_damping_vector(layers, epsilons))) if formed is None else formed
         G = self.formed.to(dtype, copy=True)
         G.diagonal().add_(_damping_vector(layers, epsilons)[:, 0])
-        factor = factor_symmetric(G, definite_only)
+        factor = factor_symmetric(G, min(map(abs, epsilons)), definite_only=definite_only)
         if factor is None and definite_only:
             raise _Indefinite(0)
         if factor is None:
@@ -1185,18 +1190,22 @@ class HessianFactorization:
     def _product(self, v: Tensor) -> Tensor:
         return _product(self._layers, v) + _damping_vector(self._layers, self._epsilons) * v
 
-    def _refined(self, v: Tensor, rtol: float) -> Refined:
+    def _refined(self, v: Tensor, rtol: float, **limits) -> Refined:
         chunks = v.split(max(1, _REFINED_NUMBERS // len(v)), 1)  # refinement keeps up to 40 arrays of its columns
-        parts = [refine(self._product, self._direct, chunk, rtol) for chunk in chunks]
+        parts = [refine(self._product, self._direct, chunk, rtol, **limits) for chunk in chunks]
         return Refined(*(torch.cat(pieces, -1) for pieces in zip(*parts, strict=True)))
 
     def _probe(self) -> bool:
-        """Whether a float32 factor refines a fixed random v to _PROBE_RTOL."""
+        """Whether a float32 factor refines a fixed random v to _PROBE_RTOL, or clearly would."""
         if not math.isfinite(self.logabsdet):
             return False
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.num_parameters, 1, generator=generator, dtype=torch.float64)
-        return bool(self._refined(v.to(self._layers[0].weight.device), _PROBE_RTOL).residual <= _PROBE_RTOL)
+        v = v.to(self._layers[0].weight.device)
+        quick = self._refined(v, _PROBE_QUICK_RTOL, target=_PROBE_QUICK_RTOL, max_steps=_PROBE_STEPS)
+        if bool(quick.residual <= _PROBE_QUICK_RTOL):
+            return True
+        return bool(self._refined(v, _PROBE_RTOL).residual <= _PROBE_RTOL)
 
     def _may_try_dense(self) -> bool:
         return self.route != "dense" and self.num_parameters <= _DENSE_TRIAL

@@ -15,7 +15,10 @@ from torch import Tensor
 
 UNIT_ROUNDOFF = 2.0**-53
 BLOCK = 128  # symmetric matrices are factored, updated, and mirrored by blocks of this size
-_PIVOT_GROWTH = 1e3
+_PIVOT_GROWTH = (
+    10.0  # a block of pivots may add so many times G's largest entry to the rest; at small damping, relative
+)
+_SMALL_DAMPING = 1e-3  # to that entry, as much as it: a quarter of the time, and one to three digits
 NULL = 1e-12  # relative to ‖A‖: what `minimum_norm` takes for the null space
 _MAX_REFINEMENTS = 40
 _PATIENCE = 5  # refinement above rtol goes on while the residual halves in this many steps
@@ -60,18 +63,22 @@ class SymmetricFactor(NamedTuple):
         return b if self.signs is None else b.mul_(self.signs)
 
 
-def factor_symmetric(G: Tensor, definite_only: bool = False) -> SymmetricFactor | None:
+def factor_symmetric(
+    G: Tensor, epsilon: float = 1.0, *, definite_only: bool = False, definite_first: bool = True
+) -> SymmetricFactor | None:
     """Factor G (m, m), which is overwritten; None where a pivot is exactly zero, or, where `definite_only`, where G is
-    not positive definite.
+    not positive definite. epsilon: the damping in G. definite_first: try Cholesky until it fails; it has no pivoting,
+    which sets eigenvalues near 0 apart.
 
-    A block whose elimination would add more than _PIVOT_GROWTH times G's largest entry to an entry of the rest is
-    taken with as many rows after it: an eigenvalue of its own may be near 0 though G has none.
+    A block whose elimination would add too much to an entry of the rest (_PIVOT_GROWTH) is taken with as many rows
+    after it: an eigenvalue of its own may be near 0 though G has none.
     """
     m = len(G)
     if m <= BLOCK:
-        block = _factor_block(G, definite_only)
+        block = _factor_block(G, definite_only, definite_first)
         return block and SymmetricFactor(block.inverse, [0, m], block.signs, block.num_negative, block.logabsdet)
-    bound = math.sqrt(_PIVOT_GROWTH * float(largest_entry(G)))
+    largest = float(largest_entry(G))
+    bound = math.sqrt(largest * (_PIVOT_GROWTH if abs(epsilon) >= _SMALL_DAMPING * largest else 1.0))
     signs, num_negative, logabsdet = G.new_ones(m, 1), 0, 0.0
     edges, updated, size = [0], 0, BLOCK
     while edges[-1] < m:
@@ -81,7 +88,7 @@ def factor_symmetric(G: Tensor, definite_only: bool = False) -> SymmetricFactor 
             above = signs[:start] * above if num_negative else above
             G[updated:stop, start:].addmm_(above.mT, G[:start, start:], alpha=-1)
         updated = stop
-        block = _factor_block(G[start:stop, start:stop], definite_only)
+        block = _factor_block(G[start:stop, start:stop], definite_only, definite_first and num_negative == 0)
         if block is not None and stop < m:
             rows = (block.inverse if block.signs is None else block.signs * block.inverse) @ G[start:stop, stop:]
             if not float(largest_entry(rows)) <= bound:
@@ -137,7 +144,7 @@ class _Block(NamedTuple):
     logabsdet: float
 
 
-def _factor_block(block: Tensor, definite_only: bool) -> _Block | None:
+def _factor_block(block: Tensor, definite_only: bool, definite_first: bool) -> _Block | None:
     """`block` = F Σ Fᵀ without blocks; None where a pivot is zero, or, where `definite_only`, one is negative.
 
     By Cholesky; where there is none by LDLᵀ with Bunch–Kaufman pivots, Π G Πᵀ = L D Lᵀ, and F = Πᵀ L V |D|^½, where V
@@ -146,15 +153,16 @@ def _factor_block(block: Tensor, definite_only: bool) -> _Block | None:
     G = block.numpy(force=True)
     inverse = np.eye(len(G), dtype=G.dtype).T  # a row-major matrix is to LAPACK, column-major, its transpose
     from_right = dict(side=1, lower=1, trans_a=1, overwrite_b=1)
-    L, info = _lapack("potrf", G)(G.copy().T, lower=1, overwrite_a=1, clean=0)
-    if info == 0:
-        logabsdet = 2 * float(np.log(L.diagonal()).sum())
-        if not math.isfinite(logabsdet):
+    if definite_first or definite_only:
+        L, info = _lapack("potrf", G)(G.copy().T, lower=1, overwrite_a=1, clean=0)
+        if info == 0:
+            logabsdet = 2 * float(np.log(L.diagonal()).sum())
+            if not math.isfinite(logabsdet):
+                return None
+            inverse = _lapack("trsm", G)(1.0, L, inverse, **from_right).T
+            return _Block(torch.from_numpy(inverse).to(block.device), None, 0, logabsdet)
+        if definite_only:
             return None
-        inverse = _lapack("trsm", G)(1.0, L, inverse, **from_right).T
-        return _Block(torch.from_numpy(inverse).to(block.device), None, 0, logabsdet)
-    if definite_only:
-        return None
     packed, pivots, info = _lapack("sytrf", G)(G.copy().T, lower=1, lwork=64 * len(G), overwrite_a=1)
     if info != 0:
         return None
@@ -238,6 +246,7 @@ def refine(
     *,
     target: float = 0.0,
     null: float = 0.0,
+    max_steps: int = _MAX_REFINEMENTS,
 ) -> Refined:
     """Refine `precondition`(v) towards A x = v, all columns at once, until the residual meets `target` or stalls.
 
@@ -254,7 +263,7 @@ def refine(
     x, r, directions = torch.zeros_like(v), v, []
     residual, largest = column_norms(r) / norm, torch.zeros_like(norm)
     history = [residual]
-    for _ in range(_MAX_REFINEMENTS):
+    for _ in range(max_steps):
         z = precondition(r)
         w = product(z)
         largest = torch.fmax(largest, column_norms(w) / column_norms(z))  # fmax passes over NaN

@@ -1084,7 +1084,7 @@ REACH = (
 
 
 UNCARRIED = Case((16, 12, 14), 3, "relu", inputs=10)  # a net that the sweep fails on at 1e-8 without carried pivots
-REACH += (UNCARRIED,)
+REACH += (UNCARRIED, Case((20,) * 9, 5, "relu", inputs=20, classes=10))
 
 
 @pytest.mark.parametrize(
