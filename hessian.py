@@ -578,7 +578,7 @@ class _Carried(NamedTuple):
     """
 
     rows: Tensor  # (k₁,) which of e
-    root: Tensor  # (k₁, 1)
+    root: Tensor  # (k₁,)
     left: Tensor | None  # (a, j) U, orthonormal
     outside: Tensor | None  # (d, d − r) Q⊥
 
@@ -599,20 +599,20 @@ class _DensePivot(NamedTuple):
     coupling: Tensor | None  # (m, n′) F⁻¹B, the carried rows of it zero; None in layer 1
 
     def backward(self, q: Tensor, carried: _Carried | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """From q (m, k): what `forward` needs of it, BᵀG⁻¹q (n′, k), and the linear terms of what is carried."""
-        white, left = self.factor.whiten(q), None
+        """From q (k, m): what `forward` needs of it, BᵀG⁻¹q (k, n′), and the linear terms of what is carried."""
+        white, left = self.factor.whiten_vectors(q), None
         if carried is not None:
-            left = carried.root * white[carried.rows]
-            white[carried.rows] = 0.0
+            left = carried.root * white[:, carried.rows]
+            white[:, carried.rows] = 0.0
         self.factor.sign(white)
-        return white, None if self.coupling is None else self.coupling.mT @ white, left
+        return white, None if self.coupling is None else white @ self.coupling, left
 
     def forward(self, white: Tensor, t: Tensor | None, carried: _Carried | None, w: Tensor | None) -> Tensor:
-        """−G⁻¹(q + B t) for t (n′, k), given what was carried, w (k₁, k)."""
-        e = -white if t is None else -(white + self.factor.sign(self.coupling @ t))
+        """−G⁻¹(q + B t) for t (k, n′), given what was carried, w (k, k₁)."""
+        e = -white if t is None else -(white + self.factor.sign(t @ self.coupling.mT))
         if carried is not None:
-            e[carried.rows] = carried.root * w
-        return self.factor.unwhiten(e)
+            e[:, carried.rows] = carried.root * w
+        return self.factor.unwhiten_vectors(e)
 
 
 class _Pivot(NamedTuple):
@@ -742,9 +742,9 @@ def _carry(
             left = None
     if len(rows) == 0 and left is None:
         return None, None, None
-    root = scale * torch.linalg.vector_norm(reduced.rows) / length[rows, None]
-    coupling = root * W[rows]
-    values = root[:, 0] ** 2
+    root = scale * torch.linalg.vector_norm(reduced.rows) / length[rows]
+    coupling = root[:, None] * W[rows]
+    values = root**2
     if factor.signs is not None:
         values = values * factor.signs[rows, 0]
     W[rows] = 0.0
@@ -1007,14 +1007,14 @@ def _sweep_solve(sweep: _Sweep, v: Tensor) -> Tensor:
             slope_p = layer.slope * p
             q = q + pivot.reduced.rows.mT @ slope_p
         q = q.flatten(1) if p_carried is None else torch.cat([q.flatten(1), p_carried], 1)
-        state, back, left = pivot.solver.backward(q.mT, carried)
+        state, back, left = pivot.solver.backward(q, carried)
         states.append(state)
         if index == 0:
             break
-        below = -back.mT.unflatten(1, (len(layer.inputs), -1))  # (k, N, a′)
+        below = -back.unflatten(1, (len(layer.inputs), -1))  # (k, N, a′)
         if p is not None:
             below = _with_skip(layer.skip, below + slope_p @ layer.weight, p)
-        p_carried = None if carried is None else left.mT
+        p_carried = left
         if outside[index] is not None:
             free = outside[index]
             if carried is not None and carried.left is not None:
@@ -1028,8 +1028,8 @@ def _sweep_solve(sweep: _Sweep, v: Tensor) -> Tensor:
         layer, rows, carried = layers[index], pivot.reduced.rows, pivot.carried
         a, num_rows = len(layer.weight), 0 if carried is None else len(carried.rows)
         solved = pivot.solver.forward(
-            state, None if t is None else t.flatten(1).mT, carried, None if carried is None else w[:, :num_rows].mT
-        ).mT  # (k, r a and what was carried into this layer)
+            state, None if t is None else t.flatten(1), carried, None if carried is None else w[:, :num_rows]
+        )  # (k, r a and what was carried into this layer)
         if carried is not None:
             parameters[index] = carried, w[:, num_rows:]
         y = solved[:, : rows.shape[1] * a].unflatten(1, (-1, a))  # (k, r, a)
@@ -1077,7 +1077,7 @@ class _Dense:
 
     def solve(self, v: Tensor) -> Tensor:
         """(H + εI)⁻¹v for v (P, k)."""
-        return self._factor.unwhiten(self._factor.sign(self._factor.whiten(v.clone())))
+        return self._factor.solve(v)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -347,8 +347,8 @@ class GramFactor:
         scaled = v / self._damping
         for s, _ in _forward_tangent(self._layers, _blocks(self._layers, scaled)):
             logits = s  # (k, N, C)
-        y = torch.einsum("nck,jnc->knj", self._root, logits).flatten(0, 1).contiguous()  # (K N, columns)
-        y = self._factor.unwhiten(self._factor.sign(self._factor.whiten(y)))
+        y = torch.einsum("nck,jnc->knj", self._root, logits).flatten(0, 1)  # (K N, columns)
+        y = self._factor.solve(y)
         K, N = self._root.shape[2], len(self._root)
         delta = torch.einsum("nck,knj->jnc", self._root, y.unflatten(0, (K, N)))
         return scaled - _transposed(self._layers, delta) / self._damping

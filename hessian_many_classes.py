@@ -87,21 +87,21 @@ class ManyClassPivot(NamedTuple):
             subtract_gram(P, vectors.mT @ correction / values.abs().sqrt()[:, None], values.sign()[:, None])
 
     def backward(self, q: Tensor, carried: None) -> tuple[Tensor, Tensor, None]:
-        """From q (m, k): what `forward` needs of it, and BᵀG⁻¹q (n′, k). Nothing is carried."""
+        """From q (k, m): what `forward` needs of it, and BᵀG⁻¹q (k, n′). Nothing is carried."""
         layer = self.layer
-        y = self._solve(q.mT.unflatten(1, (-1, len(layer.weight))))
+        y = self._solve(q.unflatten(1, (-1, len(layer.weight))))
         back = layer.output.apply(self.reduced @ y) @ layer.weight
         back = back + layer.adjoint @ (y.mT @ self.basis[: layer.weight.shape[1]].mT)
-        return y, back.flatten(1).mT, None
+        return y, back.flatten(1), None
 
     def forward(self, y: Tensor, t: Tensor | None, carried: None, w: None) -> Tensor:
-        """−G⁻¹(q + B t) for t (n′, k), from y = G⁻¹q."""
+        """−G⁻¹(q + B t) for t (k, n′), from y = G⁻¹q."""
         if t is not None:
             layer, (N, width) = self.layer, (len(self.reduced), self.layer.weight.shape[1])
-            t = t.mT.unflatten(1, (N, width))
+            t = t.unflatten(1, (N, width))
             linear = layer.adjoint.mT @ t @ self.basis[:width]  # (k, C, r) S t
             y = y + self._solve(linear.mT + self.reduced.mT @ layer.output.apply(t @ layer.weight.mT))
-        return -y.flatten(1).mT
+        return -y.flatten(1)
 
     def num_negative(self) -> int:
         count = int((self.values < 0).sum())
