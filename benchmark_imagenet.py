@@ -36,7 +36,7 @@ from torchvision.transforms import v2
 import train_imagenet
 from benchmark import machine
 from hessian import DeepMLPWithTracking
-from imagenet_data import MEAN, STD, DataError, open_data
+from imagenet_data import MEAN, STD, DataError, open_data, standardized
 from imagenet_plan import measure_machine
 from imagenet_runtime import Signals, World, read_checkpoint
 from newton import DampedNewton
@@ -250,7 +250,7 @@ def trained(argv: list[str], folder: Path) -> tuple[list[dict], float]:
     model.load_state_dict(state["model"])
     images, targets, _ = zip(*(train[None, index] for index in range(len(train))), strict=True)
     with torch.no_grad():
-        loss = model(torch.stack(images), torch.tensor(targets)).item()
+        loss = model(standardized(torch.stack(images), torch.float32), torch.tensor(targets)).item()
     return state["progress"]["history"], loss
 
 

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 import train_imagenet
-from imagenet_data import Batches, DummyImages, open_data, read_image
+from imagenet_data import GRAY_MEAN, GRAY_STD, MEAN, STD, Batches, DummyImages, open_data, read_image, standardized
 from imagenet_runtime import RunError, Signals, World, read_checkpoint, write_durably
 from train_imagenet import main, parse
 
@@ -158,7 +158,8 @@ def test_plain_steps_are_sgd(tmp_path):
         batches.epoch = epoch
         for keys in batches:
             images, targets, _ = zip(*(train[key] for key in keys), strict=True)
-            gradients = torch.autograd.grad(model(torch.stack(images).double(), torch.tensor(targets)), parameters)
+            x = standardized(torch.stack(images), torch.float64)
+            gradients = torch.autograd.grad(model(x, torch.tensor(targets)), parameters)
             # six batches an epoch, three of warm-up
             rate = 0.05 * ((count + 1) / 4 if count < 3 else 0.5 * (1 + np.cos(np.pi * (count - 3) / 9)))
             with torch.no_grad():
@@ -234,6 +235,13 @@ def test_every_kind_of_jpeg_is_read(tmp_path):
     turned[0x0112] = 6  # the camera was held upright
     jpeg(tmp_path / "image.JPEG", rng, (40, 30), exif=turned)
     assert read_image(str(tmp_path / "image.JPEG")).size == (30, 40)
+
+
+@pytest.mark.parametrize("mean, std", ((MEAN, STD), (GRAY_MEAN, GRAY_STD)))
+def test_images_are_standardized(mean, std):
+    images = torch.randint(256, (2, len(mean), 3, 3), dtype=torch.uint8)
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
+    assert torch.allclose(standardized(images, torch.float64), (images.double() / 255 - mean) / std, rtol=1e-12)
 
 
 def test_a_tree_is_trained_on(tree, capsys):

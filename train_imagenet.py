@@ -53,6 +53,7 @@ from imagenet_data import (
     available_cores,
     loader_of,
     open_data,
+    standardized,
 )
 from imagenet_plan import build_model, choose_by_cost, print_estimates
 from imagenet_runtime import (
@@ -345,9 +346,11 @@ def remedy(args: argparse.Namespace) -> str:
 
 def on_device(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     """Images (n, inputs) and classes (n,)."""
-    images = batch.images.flatten(1) if len(batch.targets) else torch.empty(0, run.model.input_dim)
-    images = images.to(run.world.device, next(run.model.parameters()).dtype, non_blocking=True)
-    return images, batch.targets.to(run.world.device, non_blocking=True)
+    images, targets = (t.to(run.world.device, non_blocking=True) for t in (batch.images, batch.targets))
+    dtype = next(run.model.parameters()).dtype
+    if not len(targets):
+        return torch.empty(0, run.model.input_dim, dtype=dtype, device=run.world.device), targets
+    return standardized(images, dtype).flatten(1), targets
 
 
 def progress_bar(run: Run, loader: DataLoader, name: str) -> tqdm:
