@@ -25,8 +25,10 @@ import pytest
 import torch
 from PIL import Image
 
+import imagenet_plan
 import train_imagenet
 from imagenet_data import GRAY_MEAN, GRAY_STD, MEAN, STD, Batches, DummyImages, open_data, read_image, standardized
+from imagenet_plan import Machine, measure_machine, memory_of
 from imagenet_runtime import RunError, Signals, World, read_checkpoint, write_durably
 from train_imagenet import main, parse
 
@@ -39,7 +41,7 @@ LINE = re.compile(r"Epoch (\d+): Loss=(\d+\.\d{4}), Acc=(\d+\.\d{2})%, Time=(\d+
 
 # a process that has imported everything forks the runs that are killed
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train_imagenet", "matplotlib.figure", "torch.distributed"])
+FORKS.set_forkserver_preload([__name__, "matplotlib.backends.backend_agg", "torch.distributed"])
 
 
 def flags(text: str, **more: object) -> list[str]:
@@ -47,8 +49,19 @@ def flags(text: str, **more: object) -> list[str]:
     return text.split() + [word for name, value in more.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
+def rates_assumed(args, device: torch.device) -> Machine:
+    """In place of measuring them, which takes longer than most of these runs."""
+    return Machine(1e10, 1e10, memory_of(args, device))
+
+
+@pytest.fixture(autouse=True)
+def no_measuring(monkeypatch):
+    monkeypatch.setattr(imagenet_plan, "measure_machine", rates_assumed)
+
+
 def child(argv: list[str], output: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    imagenet_plan.measure_machine = rates_assumed
     with open(output, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         code = main(argv)
     sys.exit(code)
@@ -378,6 +391,19 @@ def test_too_large_a_sub_batch_names_the_largest_that_fits(tmp_path, capsys):
     assert args.hessian_batch_size == largest
 
 
+def test_estimates_of_the_recommended_settings(capsys, monkeypatch):
+    """Their rows say what fits; the seconds are the operations at the rate that was measured."""
+    monkeypatch.setattr(imagenet_plan, "measure_machine", measure_machine)
+    assert main(["--estimate"]) == 0
+    out = capsys.readouterr().out
+    rate = float(re.search(r"at (\S+) float64 operations/s", out)[1])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "GiB" in line]
+    assert [row[0] for row in rows[::2]] == list(imagenet_plan.SETTINGS) and len(rows) == 8
+    for *_, memory, chosen, size, operations, seconds in rows:
+        assert float(size.split()[0]) < float(memory.split()[0]) and int(chosen.split(",")[0]) >= 1
+        assert float(seconds) > 0.9 * float(operations) / rate > 0
+
+
 def test_a_loss_of_nan_stops_with_its_files_and_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
     argv, item = flags(DUMMY, checkpoint_dir=tmp_path), DummyImages.__getitem__
     assert main([*argv, "--epochs", "1"]) == 0
@@ -503,6 +529,14 @@ def test_another_run_s_checkpoint_is_refused(tmp_path, capsys, more, named):
     argv = flags(DUMMY, checkpoint_dir=tmp_path, epochs=1)
     assert main(argv) == 0
     assert named in error_of([*argv, "--resume", *more.split()], capsys)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, capsys):
+    """A user's state_dict, say."""
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "mine.pt")
+    for flag in ("--resume", "--evaluate"):
+        error = error_of(flags(f"{DUMMY} {flag} {tmp_path / 'mine.pt'}", checkpoint_dir=tmp_path / "run"), capsys)
+        assert f"{tmp_path / 'mine.pt'} is no checkpoint of train_imagenet.py" in error
 
 
 def test_another_number_of_ranks_is_refused(tmp_path, capsys):

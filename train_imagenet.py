@@ -255,12 +255,13 @@ class Progress:
             self.sums[name] = self.sums.get(name, 0.0) + value
 
 
-def check_config(path: Path, saved: dict, config: dict, world: World) -> None:
+def check_config(state: dict, config: dict, world: World) -> None:
+    saved = state["config"]
     different = [name for name in MUST_MATCH if saved[name] != config[name]]
     if different:
         listed = ", ".join(f"{name} {saved[name]} there and {config[name]} here" for name in different)
-        raise RunError(f"{path} is of another run: {listed}. Pass what it has, or another --checkpoint-dir")
-    for name in sorted(CHANGES_NUMBERS):
+        raise RunError(f"{state['path']} is of another run: {listed}. Pass what it has, or another --checkpoint-dir")
+    for name in CHANGES_NUMBERS:
         if saved[name] != config[name] and world.first:
             print(f"warning: {name} was {saved[name]}, is {config[name]}: it goes on, not bit for bit", file=sys.stderr)
 
@@ -325,7 +326,7 @@ class Run:
             self.signals.number == signal.SIGINT, self.signals.number == signal.SIGTERM, len(batch.bad)
         )
         if bad:
-            for path, reason in sum(self.world.objects(list(batch.bad)), []):
+            for path, reason in sum(self.world.objects(batch.bad), []):
                 if path not in self.progress.bad:
                     self.progress.bad.append(path)
                     if self.world.first:
@@ -538,15 +539,13 @@ def prepare_folder(args: argparse.Namespace) -> dict | None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     if args.resume != "auto":
-        path = Path(args.resume)
-        return read_checkpoint(path) | {"path": str(path)}
+        return read_checkpoint(Path(args.resume))
     found = latest_checkpoint(folder)
     if found is None:
         if list(folder.glob("*.pt")):
             raise RunError(f"no checkpoint in {folder} is whole: start anew without --resume, which moves it aside")
         print(f"no checkpoint in {folder} yet: starting from the beginning", flush=True)
-        return None
-    return found[1] | {"path": str(found[0])}
+    return found
 
 
 def evaluate_checkpoint(args: argparse.Namespace, world: World, signals: Signals) -> None:
@@ -579,7 +578,7 @@ def build_run(
     config |= {"num_classes": num_classes, "num_images": len(train)}
     config |= {"ranks": world.ranks, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
     if state is not None:
-        check_config(Path(state["path"]), state["config"], config, world)
+        check_config(state, config, world)
     choose_by_cost(args, world, num_classes)
     config["hessian_batch_size"] = args.hessian_batch_size
     model = build_model(args, num_classes).to(world.device)
