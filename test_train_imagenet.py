@@ -486,7 +486,7 @@ def test_twenty_kills_change_nothing(tmp_path, method, kills):
         resumed = [*argv, "--checkpoint-dir", str(folder), "--resume"]
         while True:
             process = start(resumed, tmp_path / "run.log")
-            process.join(rng.uniform(0.2, 1.0) * seconds if count < kills else 120)
+            process.join(rng.uniform(0.05, 0.5) * seconds if count < kills else 120)
             if process.exitcode is not None:
                 assert process.exitcode == 0, (tmp_path / "run.log").read_text()
                 break
