@@ -52,8 +52,9 @@ def generator_of(*key: object) -> torch.Generator:
 
 def standardized(images: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 images (n, channels, size, size) as the network takes them: a batch at once, and on its device."""
-    statistics = (GRAY_MEAN, GRAY_STD) if images.shape[1] == 1 else (MEAN, STD)
-    return v2.functional.normalize(v2.functional.to_dtype(images, dtype, scale=True), *statistics)
+    mean, std = (GRAY_MEAN, GRAY_STD) if images.shape[1] == 1 else (MEAN, STD)
+    mean, std = ([255 * value for value in values] for values in (mean, std))  # white is 255, not 1
+    return v2.functional.normalize(images.to(dtype), mean, std, inplace=True)
 
 
 # ---------------------------------------------------------------------------------------------------- data sets

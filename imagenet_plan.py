@@ -21,12 +21,12 @@ from newton import DampedNewton, StepCost
 
 
 def training_bytes(args: argparse.Namespace, num_parameters: int, ranks: int) -> int:
-    """Of the plain steps: weights, gradients, momentum (and what is exchanged); the batches that wait, a byte a number,
-    and one that is standardized, with a copy."""
+    """Of the plain steps: weights, gradients, momentum (and what is exchanged), the batches that wait as bytes, and the
+    present one as numbers."""
     number = 8 if args.precision == "float64" else 4
     images = args.batch_size // ranks * input_dim(args)
     waiting = 2 * args.num_workers + 2
-    return number * num_parameters * (3 + (ranks > 1)) + images * waiting + 2 * number * images
+    return number * num_parameters * (3 + (ranks > 1)) + images * waiting + number * images
 
 
 def input_dim(args: argparse.Namespace) -> int:
