@@ -600,14 +600,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data-dir", type=Path, default=Path("data/imagenet"), help="has train/ and val/, one folder a class in each")
-    add(
-        "--dummy",
-        type=int,
-        nargs="?",
-        const=DUMMY_IMAGES[0],
-        metavar="N",
-        help="N generated images, or ILSVRC's number",
-    )
+    add("--dummy", type=int, nargs="?", const=DUMMY_IMAGES[0], metavar="N", help="N generated images, or 1,281,167")
     add("--dummy-classes", type=int, default=DUMMY_CLASSES)
     add("--image-size", type=int, default=224)
     add("--grayscale", action="store_true", help="a third of the inputs")
