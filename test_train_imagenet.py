@@ -30,7 +30,7 @@ import train_imagenet
 from imagenet_data import GRAY_MEAN, GRAY_STD, MEAN, STD, Batches, DummyImages, open_data, read_image, standardized
 from imagenet_plan import Machine, measure_machine, memory_of
 from imagenet_runtime import RunError, Signals, World, read_checkpoint, write_durably
-from train_imagenet import main, parse
+from train_imagenet import main, parse, write_curves
 
 DUMMY = (
     "--dummy 96 --dummy-classes 7 --image-size 8 --grayscale --hidden-dim 12 --num-layers 4 --batch-size 16 "
@@ -50,13 +50,14 @@ def flags(text: str, **more: object) -> list[str]:
 
 
 def rates_assumed(args, device: torch.device) -> Machine:
-    """In place of measuring them, which takes longer than most of these runs."""
     return Machine(1e10, 1e10, memory_of(args, device))
 
 
 @pytest.fixture(autouse=True)
-def no_measuring(monkeypatch):
+def neither_measured_nor_drawn(monkeypatch):
+    """The machine's rates, and curves.png, which take longer than most of these runs."""
     monkeypatch.setattr(imagenet_plan, "measure_machine", rates_assumed)
+    monkeypatch.setattr(train_imagenet, "write_curves", lambda *_: None)
 
 
 def child(argv: list[str], output: str, environment: dict[str, str]) -> None:
@@ -136,7 +137,8 @@ def on_tree(tree: Path, **more: object) -> list[str]:
 
 
 @pytest.mark.parametrize("method", ("", HESSIAN))
-def test_a_run_prints_and_writes_what_it_promises(tmp_path, capsys, method):
+def test_a_run_prints_and_writes_what_it_promises(tmp_path, capsys, monkeypatch, method):
+    monkeypatch.setattr(train_imagenet, "write_curves", write_curves)
     assert main(flags(f"{DUMMY} {method}", checkpoint_dir=tmp_path)) == 0
     out = capsys.readouterr().out
     found = [LINE.fullmatch(line) for line in out.splitlines() if line.startswith("Epoch")]
