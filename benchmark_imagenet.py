@@ -36,12 +36,12 @@ from torchvision.transforms import v2
 import train_imagenet
 from benchmark import machine
 from hessian import DeepMLPWithTracking
-from imagenet_data import MEAN, STD, DataError, open_data
+from imagenet_data import MEAN, STD, DataError, open_data, standardized
 from imagenet_plan import measure_machine
 from imagenet_runtime import Signals, World, read_checkpoint
 from newton import DampedNewton
 
-RATES = (0.01, 0.03, 0.1, 0.3)
+RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 STEPS = ((20, 256, 64, 4), (20, 256, 64, 8), (20, 256, 64, 16), (40, 128, 32, 4))  # layers, width, N, sub-batch
 QUICK_STEPS = ((4, 32, 16, 4),)
 CPU = torch.device("cpu")
@@ -250,7 +250,7 @@ def trained(argv: list[str], folder: Path) -> tuple[list[dict], float]:
     model.load_state_dict(state["model"])
     images, targets, _ = zip(*(train[None, index] for index in range(len(train))), strict=True)
     with torch.no_grad():
-        loss = model(torch.stack(images), torch.tensor(targets)).item()
+        loss = model(standardized(torch.stack(images), torch.float32), torch.tensor(targets)).item()
     return state["progress"]["history"], loss
 
 
@@ -258,7 +258,7 @@ def compare(args: argparse.Namespace, folder: Path) -> list[str]:
     x, y = digits(args.quick)
     order = np.random.default_rng(0).permutation(len(x))[: 300 if args.quick else len(x)]
     write_images(folder / "digits", x[order], y[order], len(order) // 5)
-    lines = ["| network | method | epochs | seconds | training loss | test accuracy, % |", "| --- " * 6 + "|"]
+    lines = ["| network | method | epochs | seconds | training loss | validation loss | top-1, % |", "| --- " * 7 + "|"]
     for layers, width in ((6, 32),) if args.quick else ((6, 32), (30, 16)):
         shape = f"--image-size 28 --grayscale --augment none --num-layers {layers} --hidden-dim {width}"
         common = [*shape.split(), "--data-dir", str(folder / "digits"), "--num-workers", "0"]
@@ -273,8 +273,12 @@ def compare(args: argparse.Namespace, folder: Path) -> list[str]:
             rows, loss = trained([*common, *plain.split(), str(epochs)], folder / f"plain{layers}-{rate}")
             found.append((f"baseline, rate {rate:g}", rows, loss))
         for method, rows, loss in found:
-            seconds, top1 = (sum(r["seconds"] for r in rows), rows[-1]["top1"]) if rows else (float("nan"),) * 2
-            lines.append(f"| {name} | {method} | {len(rows)} | {seconds:.1f} | {loss:.2e} | {top1:.1f} |")
+            if rows:
+                last, seconds = rows[-1], sum(row["seconds"] for row in rows)
+                cells = f"{len(rows)} | {seconds:.1f} | {loss:.2e} | {last['val_loss']:.2f} | {last['top1']:.1f}"
+            else:
+                cells = "ended with an error | | | |"
+            lines.append(f"| {name} | {method} | {cells} |")
             print(lines[-1], flush=True)
     return [*lines, "", "Seconds of the training passes, decoding included; batches of 1,000 and of 64."]
 

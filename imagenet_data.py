@@ -39,7 +39,7 @@ class Bad(NamedTuple):
 
 
 class Batch(NamedTuple):
-    images: Tensor  # (n, channels, size, size) float32
+    images: Tensor  # (n, channels, size, size) uint8
     targets: Tensor  # (n,)
     indices: list[int]  # of the images in the data set
     bad: list[Bad]  # files that could not be read, and are not in the batch
@@ -48,6 +48,13 @@ class Batch(NamedTuple):
 def generator_of(*key: object) -> torch.Generator:
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+
+
+def standardized(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 images (n, channels, size, size) as the network takes them: a batch at once, and on its device."""
+    mean, std = (GRAY_MEAN, GRAY_STD) if images.shape[1] == 1 else (MEAN, STD)
+    mean, std = ([255 * value for value in values] for values in (mean, std))  # white is 255, not 1
+    return v2.functional.normalize(images.to(dtype), mean, std, inplace=True)
 
 
 # ---------------------------------------------------------------------------------------------------- data sets
@@ -114,7 +121,7 @@ class DummyImages(Dataset):
         _, index = key
         generator = generator_of(self.part, index)
         target = int(torch.randint(self.num_classes, (), generator=generator))
-        return torch.randn(self.shape, generator=generator), target, index
+        return torch.randint(256, self.shape, dtype=torch.uint8, generator=generator), target, index
 
 
 def class_folders(root: Path) -> dict[str, Path]:
@@ -158,12 +165,7 @@ def open_data(args) -> tuple[Dataset, Dataset, int]:
             DummyImages(n, shape, args.dummy_classes, p) for n, p in zip(sizes, ("train", "val"), strict=True)
         )
         return train, val, args.dummy_classes
-    last = [
-        *([v2.Grayscale()] if args.grayscale else []),
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(GRAY_MEAN, GRAY_STD) if args.grayscale else v2.Normalize(MEAN, STD),
-    ]
+    last = [*([v2.Grayscale()] if args.grayscale else []), v2.PILToTensor()]
     centre = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *last])
     augmented = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *last])
     whole = v2.Compose([v2.Resize((size, size)), *last])

@@ -21,11 +21,12 @@ from newton import DampedNewton, StepCost
 
 
 def training_bytes(args: argparse.Namespace, num_parameters: int, ranks: int) -> int:
-    """Of the plain steps: weights, gradients, momentum (and what is exchanged), and the batches that wait."""
+    """Of the plain steps: weights, gradients, momentum (and what is exchanged), the batches that wait as bytes, and the
+    present one as numbers."""
     number = 8 if args.precision == "float64" else 4
     images = args.batch_size // ranks * input_dim(args)
     waiting = 2 * args.num_workers + 2
-    return number * num_parameters * (3 + (ranks > 1)) + 4 * images * waiting + number * images
+    return number * num_parameters * (3 + (ranks > 1)) + images * waiting + number * images
 
 
 def input_dim(args: argparse.Namespace) -> int:
@@ -83,11 +84,16 @@ def memory_of(args: argparse.Namespace, device: torch.device) -> float:
     return free
 
 
-def step_cost(args: argparse.Namespace, num_classes: int, hessian_batch_size: int) -> StepCost:
+def shape_of(args: argparse.Namespace, num_classes: int) -> DeepMLPWithTracking:
+    """The model without its numbers."""
     with torch.device("meta"):
-        model = build_model(args, num_classes)
+        return build_model(args, num_classes)
+
+
+def step_cost(args: argparse.Namespace, num_classes: int, hessian_batch_size: int) -> StepCost:
     options = dict(curvature=args.curvature, metric=args.metric, weight_decay=args.weight_decay)
-    return DampedNewton(model, curvature_batch=hessian_batch_size, **options).estimate_step(args.batch_size)
+    newton = DampedNewton(shape_of(args, num_classes), curvature_batch=hessian_batch_size, **options)
+    return newton.estimate_step(args.batch_size)
 
 
 def sizes_of(args: argparse.Namespace) -> list[int]:
@@ -98,7 +104,7 @@ def sizes_of(args: argparse.Namespace) -> list[int]:
 def plan(args: argparse.Namespace, num_classes: int, machine: Machine, ranks: int) -> tuple[int | None, float]:
     """The largest sub-batch that memory and --hessian-seconds allow (at least 1, where memory allows that), and what
     the plain steps take; None where nothing fits."""
-    plain = training_bytes(args, num_parameters(args, num_classes), ranks)
+    plain = training_bytes(args, sum(p.numel() for p in shape_of(args, num_classes).parameters()), ranks)
     chosen = None
     for k in sizes_of(args) if args.use_hessian else ():
         cost = step_cost(args, num_classes, k)
@@ -109,11 +115,6 @@ def plan(args: argparse.Namespace, num_classes: int, machine: Machine, ranks: in
         if slow:
             break
     return chosen, plain
-
-
-def num_parameters(args: argparse.Namespace, num_classes: int) -> int:
-    widths = [input_dim(args), *[args.hidden_dim] * (args.num_layers - 1), num_classes]
-    return sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
 
 
 def gib(size: float) -> str:

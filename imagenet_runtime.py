@@ -166,21 +166,24 @@ def write_durably(path: Path, content: bytes | Callable[[BinaryIO], object], pre
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Raises RunError where the file is not whole."""
+    """The state, and its path; RunError where the file is not whole."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise RunError(f"{path} does not exist: name a checkpoint that does") from error
     except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:  # what torch.load says of it
         raise RunError(f"{path} is not a whole checkpoint ({str(error).splitlines()[0][:100]})") from error
+    if not (isinstance(state, dict) and {"config", "model", "step", "progress", "random"} <= state.keys()):
+        raise RunError(f"{path} is no checkpoint of train_imagenet.py")
+    return state | {"path": str(path)}
 
 
-def latest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
+def latest_checkpoint(folder: Path) -> dict | None:
     """The last whole one, last.pt or the one before it; the others are named."""
     for path in (folder / "last.pt", folder / "previous.pt"):
         if path.exists():
             try:
-                return path, read_checkpoint(path)
+                return read_checkpoint(path)
             except RunError as error:
                 print(f"warning: {error}: it is passed over", file=sys.stderr)
     return None

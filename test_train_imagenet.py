@@ -25,10 +25,12 @@ import pytest
 import torch
 from PIL import Image
 
+import imagenet_plan
 import train_imagenet
-from imagenet_data import Batches, DummyImages, open_data, read_image
+from imagenet_data import GRAY_MEAN, GRAY_STD, MEAN, STD, Batches, DummyImages, open_data, read_image, standardized
+from imagenet_plan import Machine, measure_machine, memory_of
 from imagenet_runtime import RunError, Signals, World, read_checkpoint, write_durably
-from train_imagenet import main, parse
+from train_imagenet import main, parse, write_curves
 
 DUMMY = (
     "--dummy 96 --dummy-classes 7 --image-size 8 --grayscale --hidden-dim 12 --num-layers 4 --batch-size 16 "
@@ -39,7 +41,7 @@ LINE = re.compile(r"Epoch (\d+): Loss=(\d+\.\d{4}), Acc=(\d+\.\d{2})%, Time=(\d+
 
 # a process that has imported everything forks the runs that are killed
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train_imagenet", "matplotlib.figure", "torch.distributed"])
+FORKS.set_forkserver_preload([__name__, "matplotlib.backends.backend_agg", "torch.distributed"])
 
 
 def flags(text: str, **more: object) -> list[str]:
@@ -47,8 +49,20 @@ def flags(text: str, **more: object) -> list[str]:
     return text.split() + [word for name, value in more.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
+def rates_assumed(args, device: torch.device) -> Machine:
+    return Machine(1e10, 1e10, memory_of(args, device))
+
+
+@pytest.fixture(autouse=True)
+def neither_measured_nor_drawn(monkeypatch):
+    """The machine's rates, and curves.png, which take longer than most of these runs."""
+    monkeypatch.setattr(imagenet_plan, "measure_machine", rates_assumed)
+    monkeypatch.setattr(train_imagenet, "write_curves", lambda *_: None)
+
+
 def child(argv: list[str], output: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    imagenet_plan.measure_machine = rates_assumed
     with open(output, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         code = main(argv)
     sys.exit(code)
@@ -123,7 +137,8 @@ def on_tree(tree: Path, **more: object) -> list[str]:
 
 
 @pytest.mark.parametrize("method", ("", HESSIAN))
-def test_a_run_prints_and_writes_what_it_promises(tmp_path, capsys, method):
+def test_a_run_prints_and_writes_what_it_promises(tmp_path, capsys, monkeypatch, method):
+    monkeypatch.setattr(train_imagenet, "write_curves", write_curves)
     assert main(flags(f"{DUMMY} {method}", checkpoint_dir=tmp_path)) == 0
     out = capsys.readouterr().out
     found = [LINE.fullmatch(line) for line in out.splitlines() if line.startswith("Epoch")]
@@ -158,7 +173,8 @@ def test_plain_steps_are_sgd(tmp_path):
         batches.epoch = epoch
         for keys in batches:
             images, targets, _ = zip(*(train[key] for key in keys), strict=True)
-            gradients = torch.autograd.grad(model(torch.stack(images).double(), torch.tensor(targets)), parameters)
+            x = standardized(torch.stack(images), torch.float64)
+            gradients = torch.autograd.grad(model(x, torch.tensor(targets)), parameters)
             # six batches an epoch, three of warm-up
             rate = 0.05 * ((count + 1) / 4 if count < 3 else 0.5 * (1 + np.cos(np.pi * (count - 3) / 9)))
             with torch.no_grad():
@@ -234,6 +250,13 @@ def test_every_kind_of_jpeg_is_read(tmp_path):
     turned[0x0112] = 6  # the camera was held upright
     jpeg(tmp_path / "image.JPEG", rng, (40, 30), exif=turned)
     assert read_image(str(tmp_path / "image.JPEG")).size == (30, 40)
+
+
+@pytest.mark.parametrize("mean, std", ((MEAN, STD), (GRAY_MEAN, GRAY_STD)))
+def test_images_are_standardized(mean, std):
+    images = torch.randint(256, (2, len(mean), 3, 3), dtype=torch.uint8)
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
+    assert torch.allclose(standardized(images, torch.float64), (images.double() / 255 - mean) / std, rtol=1e-12)
 
 
 def test_a_tree_is_trained_on(tree, capsys):
@@ -370,6 +393,19 @@ def test_too_large_a_sub_batch_names_the_largest_that_fits(tmp_path, capsys):
     assert args.hessian_batch_size == largest
 
 
+def test_estimates_of_the_recommended_settings(capsys, monkeypatch):
+    """Their rows say what fits; the seconds are the operations at the rate that was measured."""
+    monkeypatch.setattr(imagenet_plan, "measure_machine", measure_machine)
+    assert main(["--estimate"]) == 0
+    out = capsys.readouterr().out
+    rate = float(re.search(r"at (\S+) float64 operations/s", out)[1])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "GiB" in line]
+    assert [row[0] for row in rows[::2]] == list(imagenet_plan.SETTINGS) and len(rows) == 8
+    for *_, memory, chosen, size, operations, seconds in rows:
+        assert float(size.split()[0]) < float(memory.split()[0]) and int(chosen.split(",")[0]) >= 1
+        assert float(seconds) > 0.9 * float(operations) / rate > 0
+
+
 def test_a_loss_of_nan_stops_with_its_files_and_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
     argv, item = flags(DUMMY, checkpoint_dir=tmp_path), DummyImages.__getitem__
     assert main([*argv, "--epochs", "1"]) == 0
@@ -452,7 +488,7 @@ def test_twenty_kills_change_nothing(tmp_path, method, kills):
         resumed = [*argv, "--checkpoint-dir", str(folder), "--resume"]
         while True:
             process = start(resumed, tmp_path / "run.log")
-            process.join(rng.uniform(0.2, 1.0) * seconds if count < kills else 120)
+            process.join(rng.uniform(0.05, 0.5) * seconds if count < kills else 120)
             if process.exitcode is not None:
                 assert process.exitcode == 0, (tmp_path / "run.log").read_text()
                 break
@@ -495,6 +531,14 @@ def test_another_run_s_checkpoint_is_refused(tmp_path, capsys, more, named):
     argv = flags(DUMMY, checkpoint_dir=tmp_path, epochs=1)
     assert main(argv) == 0
     assert named in error_of([*argv, "--resume", *more.split()], capsys)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, capsys):
+    """A user's state_dict, say."""
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "mine.pt")
+    for flag in ("--resume", "--evaluate"):
+        error = error_of(flags(f"{DUMMY} {flag} {tmp_path / 'mine.pt'}", checkpoint_dir=tmp_path / "run"), capsys)
+        assert f"{tmp_path / 'mine.pt'} is no checkpoint of train_imagenet.py" in error
 
 
 def test_another_number_of_ranks_is_refused(tmp_path, capsys):

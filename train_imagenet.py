@@ -53,6 +53,7 @@ from imagenet_data import (
     available_cores,
     loader_of,
     open_data,
+    standardized,
 )
 from imagenet_plan import build_model, choose_by_cost, print_estimates
 from imagenet_runtime import (
@@ -254,12 +255,13 @@ class Progress:
             self.sums[name] = self.sums.get(name, 0.0) + value
 
 
-def check_config(path: Path, saved: dict, config: dict, world: World) -> None:
+def check_config(state: dict, config: dict, world: World) -> None:
+    saved = state["config"]
     different = [name for name in MUST_MATCH if saved[name] != config[name]]
     if different:
         listed = ", ".join(f"{name} {saved[name]} there and {config[name]} here" for name in different)
-        raise RunError(f"{path} is of another run: {listed}. Pass what it has, or another --checkpoint-dir")
-    for name in sorted(CHANGES_NUMBERS):
+        raise RunError(f"{state['path']} is of another run: {listed}. Pass what it has, or another --checkpoint-dir")
+    for name in CHANGES_NUMBERS:
         if saved[name] != config[name] and world.first:
             print(f"warning: {name} was {saved[name]}, is {config[name]}: it goes on, not bit for bit", file=sys.stderr)
 
@@ -324,7 +326,7 @@ class Run:
             self.signals.number == signal.SIGINT, self.signals.number == signal.SIGTERM, len(batch.bad)
         )
         if bad:
-            for path, reason in sum(self.world.objects(list(batch.bad)), []):
+            for path, reason in sum(self.world.objects(batch.bad), []):
                 if path not in self.progress.bad:
                     self.progress.bad.append(path)
                     if self.world.first:
@@ -345,9 +347,11 @@ def remedy(args: argparse.Namespace) -> str:
 
 def on_device(run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
     """Images (n, inputs) and classes (n,)."""
-    images = batch.images.flatten(1) if len(batch.targets) else torch.empty(0, run.model.input_dim)
-    images = images.to(run.world.device, next(run.model.parameters()).dtype, non_blocking=True)
-    return images, batch.targets.to(run.world.device, non_blocking=True)
+    images, targets = (t.to(run.world.device, non_blocking=True) for t in (batch.images, batch.targets))
+    dtype = next(run.model.parameters()).dtype
+    if not len(targets):
+        return torch.empty(0, run.model.input_dim, dtype=dtype, device=run.world.device), targets
+    return standardized(images, dtype).flatten(1), targets
 
 
 def progress_bar(run: Run, loader: DataLoader, name: str) -> tqdm:
@@ -535,15 +539,13 @@ def prepare_folder(args: argparse.Namespace) -> dict | None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     if args.resume != "auto":
-        path = Path(args.resume)
-        return read_checkpoint(path) | {"path": str(path)}
+        return read_checkpoint(Path(args.resume))
     found = latest_checkpoint(folder)
     if found is None:
         if list(folder.glob("*.pt")):
             raise RunError(f"no checkpoint in {folder} is whole: start anew without --resume, which moves it aside")
         print(f"no checkpoint in {folder} yet: starting from the beginning", flush=True)
-        return None
-    return found[1] | {"path": str(found[0])}
+    return found
 
 
 def evaluate_checkpoint(args: argparse.Namespace, world: World, signals: Signals) -> None:
@@ -576,7 +578,7 @@ def build_run(
     config |= {"num_classes": num_classes, "num_images": len(train)}
     config |= {"ranks": world.ranks, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
     if state is not None:
-        check_config(Path(state["path"]), state["config"], config, world)
+        check_config(state, config, world)
     choose_by_cost(args, world, num_classes)
     config["hessian_batch_size"] = args.hessian_batch_size
     model = build_model(args, num_classes).to(world.device)
@@ -598,14 +600,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data-dir", type=Path, default=Path("data/imagenet"), help="has train/ and val/, one folder a class in each")
-    add(
-        "--dummy",
-        type=int,
-        nargs="?",
-        const=DUMMY_IMAGES[0],
-        metavar="N",
-        help="N generated images, or ILSVRC's number",
-    )
+    add("--dummy", type=int, nargs="?", const=DUMMY_IMAGES[0], metavar="N", help="N generated images, or 1,281,167")
     add("--dummy-classes", type=int, default=DUMMY_CLASSES)
     add("--image-size", type=int, default=224)
     add("--grayscale", action="store_true", help="a third of the inputs")
