@@ -15,10 +15,8 @@ from torch import Tensor
 
 UNIT_ROUNDOFF = 2.0**-53
 BLOCK = 128  # symmetric matrices are factored, updated, and mirrored by blocks of this size
-_PIVOT_GROWTH = (
-    10.0  # a block of pivots may add so many times G's largest entry to the rest; at small damping, relative
-)
-_SMALL_DAMPING = 1e-3  # to that entry, as much as it: a quarter of the time, and one to three digits
+_PIVOT_GROWTH = 1e3  # a block of pivots may add so many times G's largest entry to the rest,
+_SAFE_GROWTH = 1e5  # but not more than so many times ε (whose rounding is 1e-11 ε), or than that entry itself
 NULL = 1e-12  # relative to ‖A‖: what `minimum_norm` takes for the null space
 _MAX_REFINEMENTS = 40
 _PATIENCE = 5  # refinement above rtol goes on while the residual halves in this many steps
@@ -97,7 +95,7 @@ def factor_symmetric(
         block = _factor_block(G, definite_only, definite_first)
         return block and SymmetricFactor(block.inverse, [0, m], block.signs, block.num_negative, block.logabsdet)
     largest = float(largest_entry(G))
-    bound = math.sqrt(largest * (_PIVOT_GROWTH if abs(epsilon) >= _SMALL_DAMPING * largest else 1.0))
+    bound = math.sqrt(min(max(largest, _SAFE_GROWTH * abs(epsilon)), _PIVOT_GROWTH * largest))
     signs, num_negative, logabsdet = G.new_ones(m, 1), 0, 0.0
     edges, updated, size = [0], 0, BLOCK
     while edges[-1] < m:
