@@ -147,7 +147,7 @@ Damping = float | tuple[float, ...]
 
 _REFINED_NUMBERS = 2**23  # right-hand sides are refined together up to this many numbers
 _PROBE_RTOL = 1e-10  # of the trial solve that decides whether a float32 factor will do,
-_PROBE_STEPS, _PROBE_QUICK_RTOL = 3, 1e-3  # or as many steps that reach this: then ten would reach _PROBE_RTOL
+_PROBE_STEPS, _PROBE_QUICK_RTOL = 8, 1e-3  # in so many steps, or this in the first three of them
 _TINY = 1e-30  # keeps 0/0 out
 _GROWTH = 1e4  # a pivot that would add more than so many times the cost-to-go's natural size to it is carried
 _DENSE_TRIAL = 3000  # a failed solve tries the dense route for its error message up to this many parameters
@@ -1196,16 +1196,16 @@ class HessianFactorization:
         return Refined(*(torch.cat(pieces, -1) for pieces in zip(*parts, strict=True)))
 
     def _probe(self) -> bool:
-        """Whether a float32 factor refines a fixed random v to _PROBE_RTOL, or clearly would."""
+        """Whether a float32 factor refines a fixed random v to _PROBE_RTOL fast, or clearly would."""
         if not math.isfinite(self.logabsdet):
             return False
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.num_parameters, 1, generator=generator, dtype=torch.float64)
         v = v.to(self._layers[0].weight.device)
-        quick = self._refined(v, _PROBE_QUICK_RTOL, target=_PROBE_QUICK_RTOL, max_steps=_PROBE_STEPS)
+        quick = self._refined(v, _PROBE_QUICK_RTOL, target=_PROBE_QUICK_RTOL, max_steps=3)
         if bool(quick.residual <= _PROBE_QUICK_RTOL):
             return True
-        return bool(self._refined(v, _PROBE_RTOL).residual <= _PROBE_RTOL)
+        return bool(self._refined(v, _PROBE_RTOL, max_steps=_PROBE_STEPS).residual <= _PROBE_RTOL)
 
     def _may_try_dense(self) -> bool:
         return self.route != "dense" and self.num_parameters <= _DENSE_TRIAL

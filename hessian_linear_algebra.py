@@ -15,8 +15,10 @@ from torch import Tensor
 
 UNIT_ROUNDOFF = 2.0**-53
 BLOCK = 128  # symmetric matrices are factored, updated, and mirrored by blocks of this size
-_PIVOT_GROWTH = 1e3  # a block of pivots may add so many times G's largest entry to the rest,
-_SAFE_GROWTH = 1e5  # but not more than so many times ε (whose rounding is 1e-11 ε), or than that entry itself
+# A block of pivots may add so many times G's largest entry to the rest; in float64 up to _SAFE_GROWTH times ε, whose
+# rounding is 1e-11 ε, within these limits.
+_PIVOT_GROWTH = {torch.float64: (1.0, 1e3), torch.float32: (10.0, 10.0)}
+_SAFE_GROWTH = 1e5
 NULL = 1e-12  # relative to ‖A‖: what `minimum_norm` takes for the null space
 _MAX_REFINEMENTS = 40
 _PATIENCE = 5  # refinement above rtol goes on while the residual halves in this many steps
@@ -95,7 +97,8 @@ def factor_symmetric(
         block = _factor_block(G, definite_only, definite_first)
         return block and SymmetricFactor(block.inverse, [0, m], block.signs, block.num_negative, block.logabsdet)
     largest = float(largest_entry(G))
-    bound = math.sqrt(min(max(largest, _SAFE_GROWTH * abs(epsilon)), _PIVOT_GROWTH * largest))
+    low, high = _PIVOT_GROWTH[G.dtype]
+    bound = math.sqrt(min(max(low * largest, _SAFE_GROWTH * abs(epsilon)), high * largest))
     signs, num_negative, logabsdet = G.new_ones(m, 1), 0, 0.0
     edges, updated, size = [0], 0, BLOCK
     while edges[-1] < m:

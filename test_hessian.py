@@ -545,7 +545,7 @@ def test_many_class_split():
 def test_blocks(growth, monkeypatch):
     """Several diagonal blocks, which small nets don't reach otherwise; joined where one would grow, even into one."""
     monkeypatch.setattr(hessian_linear_algebra, "BLOCK", 4)
-    monkeypatch.setattr(hessian_linear_algebra, "_PIVOT_GROWTH", growth)
+    monkeypatch.setitem(hessian_linear_algebra._PIVOT_GROWTH, torch.float64, (0.0, growth))
     for case in (Case((6, 4, 7), 3), Case((5, 5, 4), 9, residual=True)):
         model, loss = tracked_loss(case)
         v = random_vector(num_parameters(model), 3)
