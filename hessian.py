@@ -32,9 +32,10 @@ meets nothing but ε and λ, so it is eliminated in closed form. Layer ℓ's piv
     coupling    B = S + Jᵀ(K A + σ φ′P)                 (m, n′)     P, the cost-to-go of t_ℓ   (n, n)
     cost-to-go  P ← TᵀP T + AᵀD A − BᵀG⁻¹B − (λλᵀ) ⊗ (I − QQᵀ)/ε    T = φ′A + σI,  D = diag(β φ″)
 
-Each G is factored as F Σ Fᵀ, Σ = ±1: by Cholesky where it is positive definite, else by LDLᵀ with
-Bunch–Kaufman pivots; B enters as F⁻¹B alone (a congruence), and no pivot is ever changed. By Sylvester and
-Haynsworth the signs in all Σ are the inertia of H + εI, and its determinant is the product of theirs.
+Each G is factored as F Σ Fᵀ, Σ = ±1, by blocks: each diagonal block by Cholesky, where that exists, else by LDLᵀ with
+Bunch–Kaufman pivots, after which products alone are left; where that would make the rest of G grow, with pivots from
+all of it. B enters as F⁻¹B alone (a congruence), and no pivot is ever changed. By Sylvester and Haynsworth the signs in
+all Σ are the inertia of H + εI, and its determinant is the product of theirs.
 
 Carried pivots. G is a Schur complement of layers ℓ … L alone: where it has an eigenvalue near 0 that couples strongly,
 eliminating it would swamp P with digits of no use, though H + εI is no worse. Such coordinates w of Y, and parts of X⊥,

@@ -15,10 +15,10 @@ from torch import Tensor
 
 UNIT_ROUNDOFF = 2.0**-53
 BLOCK = 128  # symmetric matrices are factored, updated, and mirrored by blocks of this size
-# A block of pivots may add so many times G's largest entry to the rest; in float64 up to _SAFE_GROWTH times ε, whose
-# rounding is 1e-11 ε, within these limits.
-_PIVOT_GROWTH = {torch.float64: (1.0, 1e3), torch.float32: (10.0, 10.0)}
+# A block of pivots may add _SAFE_GROWTH times ε to the rest, whose rounding is 1e-11 ε; at least once, and at most so
+# many times, G's largest entry.
 _SAFE_GROWTH = 1e5
+_PIVOT_GROWTH = (1.0, 1e3)
 NULL = 1e-12  # relative to ‖A‖: what `minimum_norm` takes for the null space
 _MAX_REFINEMENTS = 40
 _PATIENCE = 5  # refinement above rtol goes on while the residual halves in this many steps
@@ -27,19 +27,22 @@ _SHIFTS = (1e-7, 1e-8)  # relative to ‖A‖; the larger resolves fewer eigenva
 
 
 class SymmetricFactor(NamedTuple):
-    """G = F Σ Fᵀ, Σ = ±1, F block lower triangular; pivots are chosen within its diagonal blocks F_kk, whose inverses
-    are kept: products alone are left, which run at full rate on every device, as triangular solves don't."""
+    """Π G Πᵀ = F Σ Fᵀ, Σ = ±1, F block lower triangular with the inverses of its diagonal blocks F_kk kept: products
+    alone are left, which run at full rate on every device, as triangular solves don't."""
 
     matrix: Tensor  # (m, m) F_kk⁻¹ in the diagonal blocks, the rows of Fᵀ to the right of them; the rest is not read
     edges: list[int]  # rows edges[k] … edges[k + 1] are block k
+    order: Tensor | None  # (m,) Π as row order, Π B = B[order]; None: as it is
     signs: Tensor | None  # (m, 1) the diagonal of Σ; None: ones
     num_negative: int
     logabsdet: float
 
     def whiten(self, B: Tensor) -> Tensor:
-        """F⁻¹ B for B (m, n), row-major, which may be overwritten."""
+        """F⁻¹ Π B for B (m, n), row-major, which may be overwritten."""
         if len(self.edges) == 2:
             return self.matrix @ B
+        if self.order is not None:
+            B = B[self.order]
         for start, stop in zip(self.edges, self.edges[1:], strict=False):
             rows = B[start:stop]
             if start:
@@ -50,9 +53,11 @@ class SymmetricFactor(NamedTuple):
     # Of a few vectors, as rows of b (k, m): as columns, BLAS' thin products are up to fifty times slower.
 
     def whiten_vectors(self, b: Tensor) -> Tensor:
-        """F⁻¹ of each row of b (k, m), which may be overwritten."""
+        """F⁻¹ Π of each row of b (k, m), which may be overwritten."""
         if len(self.edges) == 2:
             return b @ self.matrix.mT
+        if self.order is not None:
+            b = b[:, self.order]
         for start, stop in zip(self.edges, self.edges[1:], strict=False):
             columns = b[:, start:stop]
             if start:
@@ -61,7 +66,7 @@ class SymmetricFactor(NamedTuple):
         return b
 
     def unwhiten_vectors(self, b: Tensor) -> Tensor:
-        """F⁻ᵀ of each row of b (k, m), which may be overwritten."""
+        """Πᵀ F⁻ᵀ of each row of b (k, m), which may be overwritten."""
         if len(self.edges) == 2:
             return b @ self.matrix
         for start, stop in zip(self.edges[-2::-1], self.edges[:0:-1], strict=True):
@@ -69,7 +74,7 @@ class SymmetricFactor(NamedTuple):
             if stop < b.shape[1]:
                 columns = torch.addmm(columns, b[:, stop:], self.matrix[start:stop, stop:].mT, alpha=-1)
             b[:, start:stop] = columns @ self.matrix[start:stop, start:stop]
-        return b
+        return b if self.order is None else torch.empty_like(b).index_copy_(1, self.order, b)
 
     def sign(self, b: Tensor) -> Tensor:
         """Σ of each row of b (k, m), in place."""
@@ -89,35 +94,48 @@ def factor_symmetric(
     not positive definite. epsilon: the damping in G. definite_first: try Cholesky until it fails; it has no pivoting,
     which sets eigenvalues near 0 apart.
 
-    A block whose elimination would add too much to an entry of the rest (_PIVOT_GROWTH) is taken with as many rows
-    after it: an eigenvalue of its own may be near 0 though G has none.
+    Pivots are chosen within each block of BLOCK rows, until one would add too much to the rest (_PIVOT_GROWTH): its own
+    eigenvalues may be near 0 though G has none. From there on they are chosen in all that is left; in float32, which
+    has no digits to lose, from the first block that is not positive definite.
     """
     m = len(G)
     if m <= BLOCK:
         block = _factor_block(G, definite_only, definite_first)
-        return block and SymmetricFactor(block.inverse, [0, m], block.signs, block.num_negative, block.logabsdet)
+        return block and SymmetricFactor(block.inverse, [0, m], None, block.signs, block.num_negative, block.logabsdet)
     largest = float(largest_entry(G))
-    low, high = _PIVOT_GROWTH[G.dtype]
+    low, high = _PIVOT_GROWTH
     bound = math.sqrt(min(max(low * largest, _SAFE_GROWTH * abs(epsilon)), high * largest))
-    signs, num_negative, logabsdet = G.new_ones(m, 1), 0, 0.0
-    edges, updated, size = [0], 0, BLOCK
+    signs, order, num_negative, logabsdet = G.new_ones(m, 1), None, 0, 0.0
+    edges = [0]
     while edges[-1] < m:
-        start, stop = edges[-1], min(edges[-1] + size, m)
-        if start and updated < stop:
-            above = G[:start, updated:stop]
-            above = signs[:start] * above if num_negative else above
-            G[updated:stop, start:].addmm_(above.mT, G[:start, start:], alpha=-1)
-        updated = stop
+        start, stop = edges[-1], min(edges[-1] + BLOCK, m)
+        above = signs[:start] * G[:start, start:] if num_negative else G[:start, start:]
+        if start:
+            G[start:stop, start:].addmm_(above[:, : stop - start].mT, G[:start, start:], alpha=-1)
         block = _factor_block(G[start:stop, start:stop], definite_only, definite_first and num_negative == 0)
+        if block is None and (definite_only or stop == m):
+            return None
+        if G.dtype == torch.float32 and block is not None and block.signs is not None and stop < m:
+            block = None
         if block is not None and stop < m:
             rows = (block.inverse if block.signs is None else block.signs * block.inverse) @ G[start:stop, stop:]
-            if not float(largest_entry(rows)) <= bound:
+            if not definite_only and not float(largest_entry(rows)) <= bound:
                 block = None
         if block is None:
-            if definite_only or stop == m:
+            if start:
+                G[stop:, start:].addmm_(above[:, stop - start :].mT, G[:start, start:], alpha=-1)
+            rest = _factor_rest(G[start:, start:])
+            if rest is None:
                 return None
-            size *= 2
-            continue
+            if start == 0:
+                return rest
+            order = torch.cat([torch.arange(start, device=G.device), start + rest.order])
+            G[:start, start:] = G[:start, start:][:, rest.order]
+            G[start:, start:] = rest.matrix
+            edges += [start + edge for edge in rest.edges[1:]]
+            signs[start:] = rest.signs
+            num_negative, logabsdet = num_negative + rest.num_negative, logabsdet + rest.logabsdet
+            break
         G[start:stop, start:stop] = block.inverse
         if stop < m:
             G[start:stop, stop:] = rows
@@ -125,11 +143,10 @@ def factor_symmetric(
             signs[start:stop] = block.signs
         num_negative, logabsdet = num_negative + block.num_negative, logabsdet + block.logabsdet
         edges.append(stop)
-        size = BLOCK
-    return SymmetricFactor(G, edges, signs if num_negative else None, num_negative, logabsdet)
+    return SymmetricFactor(G, edges, order, signs if num_negative else None, num_negative, logabsdet)
 
 
-# ---------------------------------------------------------------------------------- diagonal blocks, by LAPACK
+# --------------------------------------------------------------------- by LAPACK: on the CPU, wherever the matrix is
 
 
 _BLAS_THREADS = ThreadpoolController().select(user_api="blas")
@@ -158,60 +175,113 @@ def _lapack(name: str, like: np.ndarray) -> Callable:
 
 
 class _Block(NamedTuple):
-    inverse: Tensor  # (m, m) F⁻¹, as in SymmetricFactor
+    inverse: Tensor  # (m, m) F⁻¹, of G = F Σ Fᵀ
     signs: Tensor | None
     num_negative: int
     logabsdet: float
 
 
-def _factor_block(block: Tensor, definite_only: bool, definite_first: bool) -> _Block | None:
-    """`block` = F Σ Fᵀ without blocks; None where a pivot is zero, or, where `definite_only`, one is negative.
+class _Pivoted(NamedTuple):
+    """Π G Πᵀ = L D Lᵀ by Bunch and Kaufman, V the eigenvectors of D's 2 × 2 blocks."""
 
-    By Cholesky; where there is none by LDLᵀ with Bunch–Kaufman pivots, Π G Πᵀ = L D Lᵀ, and F = Πᵀ L V |D|^½, where V
-    are the eigenvectors of the 2 × 2 blocks of D. On the CPU, wherever the block is.
-    """
+    lower: np.ndarray  # (m, m) column-major, L below its diagonal of ones
+    values: np.ndarray  # (m,) eigenvalues of D
+    first: np.ndarray  # first rows of the 2 × 2 blocks
+    cosine: np.ndarray  # (p, 1) V's columns in block i are [cᵢ, −sᵢ] and [sᵢ, cᵢ]
+    sine: np.ndarray
+    interchanges: np.ndarray  # (m,) Π: row i and row interchanges[i] are swapped, one after the other
+
+    def rotate(self, rows: np.ndarray, start: int, stop: int) -> None:
+        """Vᵀ of rows start … stop, which split no 2 × 2 block, in place."""
+        inside = slice(*np.searchsorted(self.first, (start, stop)))
+        first = self.first[inside] - start
+        if len(first):
+            cosine, sine, second = self.cosine[inside], self.sine[inside], first + 1
+            upper, lower = rows[first], rows[second]
+            rows[first] = cosine * upper - sine * lower
+            rows[second] = cosine * lower + sine * upper
+
+    def logabsdet(self) -> float:
+        size = np.abs(self.values)
+        return float(np.log(size).sum()) if size.all() else math.nan
+
+
+def _pivoted(G: np.ndarray) -> _Pivoted | None:
+    """None where a pivot is exactly zero, or not finite."""
+    packed, pivots, info = _lapack("sytrf", G)(G.copy().T, lower=1, lwork=64 * len(G), overwrite_a=1)
+    if info != 0:
+        return None
+    D = packed.diagonal().copy()
+    lower, below, _ = _lapack("syconv", G)(packed, pivots, lower=1, way=0, overwrite_a=1)
+    first = np.flatnonzero(pivots < 0)[::2]  # the negative pivots come in twos
+    interchanges = np.abs(pivots) - 1
+    interchanges[first] = first
+    # Jacobi's rotation of each 2 × 2 block [[D_i, b], [b, D_{i+1}]], b ≠ 0: t = tan of its angle
+    second, b = first + 1, below[first]
+    tau = (D[second] - D[first]) / (2 * b)
+    t = np.copysign(1 / (np.abs(tau) + np.hypot(tau, 1.0)), tau)
+    D[first] -= t * b
+    D[second] += t * b
+    cosine = (1 / np.hypot(t, 1.0))[:, None]
+    found = _Pivoted(lower, D, first, cosine, t[:, None] * cosine, interchanges)
+    return found if math.isfinite(found.logabsdet()) else None
+
+
+_FROM_RIGHT = dict(side=1, lower=1, trans_a=1, overwrite_b=1)  # a row-major matrix is to LAPACK its transpose
+
+
+def _factor_block(block: Tensor, definite_only: bool, definite_first: bool) -> _Block | None:
+    """By Cholesky, or where there is none, or none is tried, by LDLᵀ: then F = Πᵀ L V |D|^½. None where a pivot is
+    zero, or, where `definite_only`, one is negative."""
     G = block.numpy(force=True)
-    inverse = np.eye(len(G), dtype=G.dtype).T  # a row-major matrix is to LAPACK, column-major, its transpose
-    from_right = dict(side=1, lower=1, trans_a=1, overwrite_b=1)
+    inverse = np.eye(len(G), dtype=G.dtype).T
     if definite_first or definite_only:
         L, info = _lapack("potrf", G)(G.copy().T, lower=1, overwrite_a=1, clean=0)
         if info == 0:
             logabsdet = 2 * float(np.log(L.diagonal()).sum())
             if not math.isfinite(logabsdet):
                 return None
-            inverse = _lapack("trsm", G)(1.0, L, inverse, **from_right).T
+            inverse = _lapack("trsm", G)(1.0, L, inverse, **_FROM_RIGHT).T
             return _Block(torch.from_numpy(inverse).to(block.device), None, 0, logabsdet)
         if definite_only:
             return None
-    packed, pivots, info = _lapack("sytrf", G)(G.copy().T, lower=1, lwork=64 * len(G), overwrite_a=1)
-    if info != 0:
+    found = _pivoted(G)
+    if found is None:
         return None
-    D = packed.diagonal().copy()
-    L, below, _ = _lapack("syconv", G)(packed, pivots, lower=1, way=0, overwrite_a=1)
-    first = np.flatnonzero(pivots < 0)[::2]  # rows of the 2 × 2 blocks; the negative pivots come in twos
-    interchanged = np.abs(pivots) - 1
-    interchanged[first] = first
-    inverse = _lapack("laswp", G)(inverse, interchanged, inc=-1, overwrite_a=1)
-    inverse = _lapack("trsm", G)(1.0, L, inverse, diag=1, **from_right).T
-    if len(first):
-        # Jacobi's rotation of each 2 × 2 block [[D_i, b], [b, D_{i+1}]], b ≠ 0: t = tan of its angle
-        second, b = first + 1, below[first]
-        tau = (D[second] - D[first]) / (2 * b)
-        t = np.copysign(1 / (np.abs(tau) + np.sqrt(1 + tau * tau)), tau)
-        D[first] -= t * b
-        D[second] += t * b
-        cosine = (1 / np.sqrt(1 + t * t))[:, None]
-        sine = t[:, None] * cosine
-        upper, lower = inverse[first], inverse[second]
-        inverse[first] = cosine * upper - sine * lower
-        inverse[second] = cosine * lower + sine * upper
-    size = np.abs(D)
-    logabsdet = float(np.log(size).sum()) if size.all() else math.nan
-    if not math.isfinite(logabsdet):
+    inverse = _lapack("laswp", G)(inverse, found.interchanges, inc=-1, overwrite_a=1)
+    inverse = _lapack("trsm", G)(1.0, found.lower, inverse, diag=1, **_FROM_RIGHT).T
+    found.rotate(inverse, 0, len(G))
+    inverse /= np.sqrt(np.abs(found.values))[:, None]
+    signs = torch.from_numpy(np.sign(found.values)[:, None]).to(block.device)
+    num_negative = int((found.values < 0).sum())
+    return _Block(torch.from_numpy(inverse).to(block.device), signs, num_negative, found.logabsdet())
+
+
+def _factor_rest(rest: Tensor) -> SymmetricFactor | None:
+    """By LDLᵀ with pivots from all of it, as a factor with blocks; None where a pivot is zero."""
+    G = rest.numpy(force=True)
+    found = _pivoted(G)
+    if found is None:
         return None
-    inverse /= np.sqrt(size)[:, None]
-    signs = np.sign(D)[:, None]
-    return _Block(*(torch.from_numpy(x).to(block.device) for x in (inverse, signs)), int((D < 0).sum()), logabsdet)
+    m, root = len(G), np.sqrt(np.abs(found.values))[:, None]
+    rows, edges = found.lower.T, [0]  # Lᵀ, row-major, of which what is right of the diagonal blocks will be read
+    inverses = []
+    while edges[-1] < m:
+        start, stop = edges[-1], min(edges[-1] + BLOCK, m)
+        stop += bool(np.isin(stop - 1, found.first))  # a 2 × 2 block is not split
+        inverse = np.eye(stop - start, dtype=G.dtype).T
+        lower = found.lower[start:stop, start:stop]
+        inverse = _lapack("trsm", G)(1.0, lower, inverse, diag=1, **_FROM_RIGHT).T
+        found.rotate(inverse, start, stop)
+        inverses.append(inverse / root[start:stop])
+        edges.append(stop)
+    found.rotate(rows, 0, m)
+    rows *= root
+    for start, stop, inverse in zip(edges, edges[1:], inverses, strict=False):
+        rows[start:stop, start:stop] = inverse
+    order = _lapack("laswp", G)(np.arange(m, dtype=G.dtype)[:, None], found.interchanges, overwrite_a=1)[:, 0]
+    matrix, order, signs = (torch.from_numpy(x).to(rest.device) for x in (rows, order, np.sign(found.values)[:, None]))
+    return SymmetricFactor(matrix, edges, order.long(), signs, int((found.values < 0).sum()), found.logabsdet())
 
 
 def subtract_gram(P: Tensor, W: Tensor, signs: Tensor | None) -> None:

@@ -541,11 +541,11 @@ def test_many_class_split():
     assert relative(hessian._product(layers, x) + 1e-6 * x - v, v) <= 1e-6
 
 
-@pytest.mark.parametrize("growth", [1e3, 1e-3, 0.0])
+@pytest.mark.parametrize("growth", [1e3, 1.0, 0.0])
 def test_blocks(growth, monkeypatch):
-    """Several diagonal blocks, which small nets don't reach otherwise; joined where one would grow, even into one."""
+    """Several diagonal blocks, which small nets don't reach otherwise, and pivots from all that is left of them."""
     monkeypatch.setattr(hessian_linear_algebra, "BLOCK", 4)
-    monkeypatch.setitem(hessian_linear_algebra._PIVOT_GROWTH, torch.float64, (0.0, growth))
+    monkeypatch.setattr(hessian_linear_algebra, "_PIVOT_GROWTH", (0.0, growth))
     for case in (Case((6, 4, 7), 3), Case((5, 5, 4), 9, residual=True)):
         model, loss = tracked_loss(case)
         v = random_vector(num_parameters(model), 3)
@@ -608,10 +608,11 @@ def test_well_fitted_batches_keep_their_digits():
     assert numpy.abs(layer.output.apply(s).numpy() / Lambda_s - 1).max() <= 1e-9
 
 
-@pytest.mark.parametrize("block", [1, 7, 128])
-def test_symmetric_factor(block, monkeypatch):
+@pytest.mark.parametrize("block, growth", [(128, 1e3), (7, 1.0), (7, 0.1), (1, 1.0)])
+def test_symmetric_factor(block, growth, monkeypatch):
     """G = F Σ Fᵀ with interchanges, 2 × 2 pivots and blocks, against eigenvalues; an exactly singular G gives None."""
     monkeypatch.setattr(hessian_linear_algebra, "BLOCK", block)
+    monkeypatch.setattr(hessian_linear_algebra, "_PIVOT_GROWTH", (growth, growth))
     for m in (1, 2, 3, 17, 64, 129):
         M = random_vector(m, m, seed=m)
         for G in (M + M.T, M @ M.T, -(M @ M.T), torch.block_diag(M @ M.T, -M - M.T)):
@@ -619,12 +620,12 @@ def test_symmetric_factor(block, monkeypatch):
             white = factor.whiten(torch.eye(len(G), dtype=G.dtype))  # F⁻¹
             signs = torch.ones(len(G), 1).double() if factor.signs is None else factor.signs
             rebuilt = white @ G @ white.mT - torch.diag(signs[:, 0])
-            vectors = factor.whiten_vectors(torch.eye(len(G), dtype=G.dtype)).mT
-            assert relative(vectors - white, white) <= 1e-13 * len(G)
             inverse = factor.solve(torch.eye(len(G), dtype=G.dtype))
             eigenvalues = torch.linalg.eigvalsh(G)
             condition = (eigenvalues.abs().max() / eigenvalues.abs().min()).item()
             assert rebuilt.abs().max() <= 1e-14 * condition * m
+            vectors = factor.whiten_vectors(torch.eye(len(G), dtype=G.dtype)).mT
+            assert relative(vectors - white, white) <= 1e-13 * condition
             assert relative(G @ inverse - torch.eye(len(G), dtype=G.dtype), G) <= 1e-13 * condition
             assert factor.num_negative == (eigenvalues < 0).sum() == (signs < 0).sum()
             assert factor.logabsdet == pytest.approx(eigenvalues.abs().log().sum().item(), abs=1e-13 * condition)
