@@ -49,9 +49,10 @@ State damping. With μ > 0, x is also charged for the change of pre-activations 
 The linearization of a deep net holds as long as all s are small, which a small x does not ensure. μ has the unit
 of loss / pre-activation².
 
-Cost. Factoring: Σ m³/3 + m²n′ + m n′² operations to leading order, so O(L (N a)³), and O(L (N a)²) memory; every
-further right-hand side O(Σ m² + m n′). A product with H costs two passes through the network. Where P is smaller than
-the state N a, forming H (P products) and factoring it once is cheaper: `route='auto'` counts and chooses.
+Cost. Factoring: Σ m³/3 + m²n′ + m n′² operations to leading order (blocks of b = min(128, m) rows add b m² + 2 b m n′),
+so O(L (N a)³), and O(L (N a)²) memory; every further right-hand side O(Σ m² + m n′). A product with H costs two passes
+through the network. Where P is smaller than the state N a, forming H (P products) and factoring it once is cheaper:
+`route='auto'` counts and chooses.
 
 Assumptions. Fully connected layers, with or without skips; elementwise activations; a loss whose Hessian in the
 logits is diagonal minus rank one for every sample (cross-entropy, mean square). For relu, φ″ is taken as zero:
@@ -506,7 +507,6 @@ class _Reduced(NamedTuple):
 
     basis: Tensor | None  # (d, r) Q
     rows: Tensor  # (N, r) R
-    outside: Tensor | None  # (a′, a′) I − QQᵀ without the bias; None in layer 1, below which there is nothing
 
 
 class _Formed(NamedTuple):
@@ -528,7 +528,7 @@ def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[_Reduc
     With nothing eliminated samples don't mix: P (N, a, a), one pass down of O(N a³) a layer.
     """
     scales, P = [], None
-    for layer, (_, R, _) in zip(reversed(layers[1:]), reversed(reduced[1:]), strict=True):
+    for layer, (_, R) in zip(reversed(layers[1:]), reversed(reduced[1:]), strict=True):
         W = layer.weight
         if layer.output is not None:
             below = W.mT @ _output_times_weight(layer)
@@ -549,17 +549,13 @@ def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[_Reduc
 def _reduced_inputs(layers: Sequence[LayerDerivatives]) -> list[_Reduced]:
     """Of every layer; one batched QR for neighbours of one shape."""
     reduced = []
-    for (N, d, width), group in groupby(layers, key=lambda x: (*x.inputs.shape, x.weight.shape[1])):
-        inputs = [layer.inputs for layer in group]
+    for (N, d), group in groupby((layer.inputs for layer in layers), key=lambda inputs: inputs.shape):
+        group = list(group)
         if N >= d:
-            reduced += [_Reduced(None, rows, None) for rows in inputs]
+            reduced += [_Reduced(None, inputs) for inputs in group]
             continue
-        Q, R = torch.linalg.qr(torch.stack(inputs).mT)
-        outside = [None]
-        if reduced or len(inputs) > 1:
-            outside = (Q[:, :width] @ Q[:, :width].mT).neg_()
-            outside.diagonal(dim1=1, dim2=2).add_(1)
-        reduced += map(_Reduced, Q, R.mT.contiguous(), outside)
+        Q, R = torch.linalg.qr(torch.stack(group).mT)
+        reduced += map(_Reduced, Q, R.mT.contiguous())
     return reduced
 
 
@@ -686,6 +682,7 @@ def _eliminate_layer(
         definite = definite and negative == 0
         if index:
             W = factor.whiten(B)
+            del B
             carried, coupling, values = _carry(layer, reduced, epsilon, factor, W, formed.scales[index])
             if carried is not None:
                 num_rows = len(carried.rows)
@@ -705,11 +702,13 @@ def _eliminate_layer(
     if P is not None:
         mirror(P)
         if reduced.basis is not None:  # − (λλᵀ) ⊗ (I − QQᵀ)/ε, without the bias, and without what is carried
-            adjoint = layer.adjoint
+            Q, adjoint = reduced.basis[:width], layer.adjoint
             if carried is not None and carried.left is not None:
                 adjoint = adjoint - (adjoint @ carried.left) @ carried.left.mT
+            outside = (Q @ Q.mT).neg_()
+            outside.diagonal().add_(1)
             P.view(N, width, N, width).addcmul_(
-                (adjoint @ adjoint.mT)[:, None, :, None], reduced.outside[:, None, :], value=-1 / epsilon
+                (adjoint @ adjoint.mT)[:, None, :, None], outside[:, None, :], value=-1 / epsilon
             )
     below = None if P is None else _CostToGo(P, coupling, values, definite)
     return _Pivot(reduced, epsilon, solver, carried), _Count(negative, logabsdet), below

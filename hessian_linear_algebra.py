@@ -195,11 +195,14 @@ class _Pivoted(NamedTuple):
         """Vᵀ of rows start … stop, which split no 2 × 2 block, in place."""
         inside = slice(*np.searchsorted(self.first, (start, stop)))
         first = self.first[inside] - start
-        if len(first):
-            cosine, sine, second = self.cosine[inside], self.sine[inside], first + 1
-            upper, lower = rows[first], rows[second]
-            rows[first] = cosine * upper - sine * lower
-            rows[second] = cosine * lower + sine * upper
+        if len(first) == 0:
+            return
+        cosine, sine, second = self.cosine[inside], self.sine[inside], first + 1
+        for left in range(0, rows.shape[1], BLOCK):  # a few columns at a time, for the memory
+            columns = rows[:, left : left + BLOCK]
+            upper, lower = columns[first], columns[second]
+            columns[first] = cosine * upper - sine * lower
+            columns[second] = cosine * lower + sine * upper
 
     def logabsdet(self) -> float:
         size = np.abs(self.values)
@@ -232,7 +235,7 @@ _FROM_RIGHT = dict(side=1, lower=1, trans_a=1, overwrite_b=1)  # a row-major mat
 
 def _factor_block(block: Tensor, definite_only: bool, definite_first: bool) -> _Block | None:
     """By Cholesky, or where there is none, or none is tried, by LDLᵀ: then F = Πᵀ L V |D|^½. None where a pivot is
-    zero, or, where `definite_only`, one is negative."""
+    zero, or, where `definite_only`, one is negative. On another device two transfers, and a synchronization."""
     G = block.numpy(force=True)
     inverse = np.eye(len(G), dtype=G.dtype).T
     if definite_first or definite_only:
@@ -245,6 +248,7 @@ def _factor_block(block: Tensor, definite_only: bool, definite_first: bool) -> _
             return _Block(torch.from_numpy(inverse).to(block.device), None, 0, logabsdet)
         if definite_only:
             return None
+        del L
     found = _pivoted(G)
     if found is None:
         return None

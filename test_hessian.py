@@ -646,6 +646,27 @@ def test_blocks_that_are_nearly_singular_are_not_eliminated_alone(monkeypatch):
         assert relative(G @ factor.solve(v) - v, v) <= 1e-14
 
 
+def test_growth_is_allowed_where_the_damping_hides_its_rounding(monkeypatch):
+    """The same matrix with blocks, and at a small damping with pivots from all of it."""
+    monkeypatch.setattr(hessian_linear_algebra, "BLOCK", 8)
+    M = random_vector(32, 32)
+    assert factor_symmetric(M + M.T, 1.0).order is None
+    assert factor_symmetric(M + M.T, 1e-8).order is not None
+
+
+def test_solutions_are_usable_in_a_graph():
+    """What is computed in inference mode is not given out."""
+    for route, options in (("sweep", {}), ("sweep", {"precision": "mixed"}), ("dense", {})):
+        model, loss = tracked_loss(Case((6, 4, 7), 3))
+        v = random_vector(num_parameters(model))
+        for rtol in (None, 1e-8):
+            x = factorize_hessian(model, loss, 10.0, route=route, **options).solve(v, rtol=rtol)
+            assert not x.is_inference()
+            weight = torch.ones_like(x, requires_grad=True)
+            (weight * x).sum().backward()
+            assert torch.equal(weight.grad, x)
+
+
 def test_degenerate_matrices():
     swap = torch.tensor([[0.0, 2.0], [2.0, 0.0]], dtype=torch.float64)  # no 1 × 1 pivot exists
     assert factor_symmetric(swap).num_negative == 1
@@ -1185,6 +1206,10 @@ def test_another_damping_costs_what_depends_on_it():
 def test_mixed_precision_is_decided_by_a_trial():
     """float32 where that can be refined, float64 where not; an rtol that is missed names precision='float64'."""
     model, loss = tracked_loss(Case((16, 12, 14), 3, inputs=10))
+    direct = hessian.HessianFactorization._direct
+    with mock.patch.object(hessian.HessianFactorization, "_direct", autospec=True, side_effect=direct) as trial:
+        factorize_hessian(model, loss, 10.0, precision="mixed")
+    assert 1 <= trial.call_count <= 3  # where it is clear, the trial is short
     v = random_vector(num_parameters(model))
     kept = factorize_hessian(model, loss, 0.1, route="sweep", precision="mixed")
     assert kept.precision == "mixed" and kept._factor.layers[0].weight.dtype == torch.float32
