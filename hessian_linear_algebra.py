@@ -101,7 +101,11 @@ def factor_symmetric(
     m = len(G)
     if m <= BLOCK:
         block = _factor_block(G, definite_only, definite_first)
-        return block and SymmetricFactor(block.inverse, [0, m], None, block.signs, block.num_negative, block.logabsdet)
+        if block is None:
+            return None
+        # what is kept stays in G's memory: beside torch's arrays NumPy's would leave holes that neither fills
+        G.copy_(block.inverse)
+        return SymmetricFactor(G, [0, m], None, block.signs, block.num_negative, block.logabsdet)
     largest = float(largest_entry(G))
     low, high = _PIVOT_GROWTH
     bound = math.sqrt(min(max(low * largest, _SAFE_GROWTH * abs(epsilon)), high * largest))
@@ -127,8 +131,6 @@ def factor_symmetric(
             rest = _factor_rest(G[start:, start:])
             if rest is None:
                 return None
-            if start == 0:
-                return rest
             order = torch.cat([torch.arange(start, device=G.device), start + rest.order])
             G[:start, start:] = G[:start, start:][:, rest.order]
             G[start:, start:] = rest.matrix
