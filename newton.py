@@ -83,7 +83,9 @@ _INVISIBLE = 1e-9  # relative to f: a decrease that trials can't be compared by
 _KEPT_VECTORS, _UPDATE_VECTORS, _SOLVE_VECTORS = 4, 7, 20
 # and passed through memory: in a step, for each λ, for each trial
 _STEP_TRAFFIC, _SOLVE_TRAFFIC, _TRIAL_TRAFFIC = 50, 130, 6
-_SWEEP_RATE = 0.6  # of a product's: triangular solves and Cholesky are slower
+# of a product's rate, by a sweep's counted operations (one core, four samples and 128 units: 0.6; 256 units and four:
+# 0.75, eight: 0.82, sixteen: 0.83): small products and the factors of small blocks are slower
+_SWEEP_RATE = 0.8
 _SPAN_PASSES = 3  # products of the span's basis with a first layer, in a step
 _WIDE_LAYER = 2**20  # weights; a first layer of so many, and few samples, is restricted to the samples' span
 _TRIAL_NUMBERS = 2**26  # numbers in the trial parameters and activations that one forward pass may hold
@@ -795,7 +797,11 @@ def _step_cost(model: DeepMLPWithTracking, group: dict, batch_size: int, num_dam
     a, d = len(layers[0].weight), layers[0].inputs.shape[1]
     half = 0.5 if next(model.parameters()).dtype == torch.float32 else 1.0
     operations = 2 * N * P * (half + 3)  # the closure's forward pass, and the closed form's forward, backward, gradient
+    kept_vectors, update_vectors = _KEPT_VECTORS, _UPDATE_VECTORS
     if _is_wide(N, d, a):
+        # the model, its three momenta, the weights that were tracked, and U; then the step, the momenta that follow,
+        # and the sum of a weight and its piece, in float64
+        kept_vectors, update_vectors = 5 * half + 1, 1 + 3 * half + (2 if half < 1 else 1)
         weight, inputs = (torch.empty(rows, N + 1, device="meta") for rows in (a, N))
         layers = (layers[0]._replace(weight=weight, inputs=inputs), *layers[1:])
         operations += 4 * d * N**2 + 2 * N * d * a * _SPAN_PASSES
@@ -825,8 +831,8 @@ def _step_cost(model: DeepMLPWithTracking, group: dict, batch_size: int, num_dam
         operations += tries * factor_operations(reduced) + (1 if formed_once else tries) * forming
         kept, solve = 0, 8 * 3 * reduced**2
     batch = 8 * N * 2 * d + 5 * N * state
-    alive = max(solve + 8 * reduced * _SOLVE_VECTORS, kept + 8 * P * _UPDATE_VECTORS)
-    return StepCost(route, tries, operations, traffic, batch + 8 * P * _KEPT_VECTORS + alive)
+    alive = max(solve + 8 * reduced * _SOLVE_VECTORS, kept + 8 * P * update_vectors)
+    return StepCost(route, tries, operations, traffic, batch + 8 * P * kept_vectors + alive)
 
 
 def _operations(layers: Sequence[LayerDerivatives]) -> dict[str, float]:
