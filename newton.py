@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import groupby
 from numbers import Integral
 from typing import NamedTuple
 
@@ -44,7 +46,7 @@ from hessian import (
     _modified,
 )
 from hessian_checks import checked_nonnegative
-from hessian_costs import count_operations, factor_operations, route_costs, shapes_of_layers
+from hessian_costs import LayerShape, count_operations, factor_operations, route_costs, shapes_of_layers
 from hessian_gram import DampedSystem, GramSystem, count_gram_operations
 from newton_trust_region import TrustRegionStep, _trust_region, trust_region_step
 
@@ -203,7 +205,7 @@ class _Objective:
     def __init__(self, model: DeepMLPWithTracking, weight_decay: float, span: _Span | None = None):
         self.model, self.weight_decay = model, weight_decay
         self.inputs, self.targets = model._tracked.inputs, model._tracked.targets
-        parameters = [p.detach() for p in model.parameters()]
+        parameters = [p.detach() for layer in model.layers for p in (layer.weight, layer.bias) if p is not None]
         self._biases = [linear.bias is not None for linear in model.layers]
         if span is not None:
             self.inputs = span.inputs.to(self.inputs.dtype)
@@ -239,8 +241,8 @@ class _Objective:
         return torch.cat(values)
 
     def gradient_norm(self, theta: Tensor) -> float:
-        with torch.enable_grad():
-            theta = theta.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            theta = theta.clone().requires_grad_()  # of an inference tensor, a normal one
             (gradient,) = torch.autograd.grad(self(theta[None])[0], theta)
         return float(torch.linalg.vector_norm(gradient))
 
@@ -284,9 +286,13 @@ def _sub_batch(layers: Sequence[LayerDerivatives], chosen: Tensor) -> tuple[Laye
 def _gradient(layers: Sequence[LayerDerivatives]) -> Tensor:
     """∂loss/∂θ (P,): λᵀz̃ of each layer, its weight, then its bias."""
     pieces = []
-    for layer in layers:
-        weight, bias = (layer.adjoint.mT @ layer.inputs).tensor_split((layer.weight.shape[1],), 1)
-        pieces += [weight.flatten(), bias.flatten()]
+    for (_, width, _), alike in groupby(layers, lambda x: (*x.weight.shape, x.inputs.shape[1])):
+        alike = list(alike)
+        if len(alike) == 1:  # no copies of what may be large
+            X = (alike[0].adjoint.mT @ alike[0].inputs)[None]
+        else:
+            X = torch.stack([x.adjoint for x in alike]).mT @ torch.stack([x.inputs for x in alike])
+        pieces.append(torch.cat([X[:, :, :width].flatten(1), X[:, :, width:].flatten(1)], 1).flatten())
     return torch.cat(pieces)
 
 
@@ -409,7 +415,9 @@ class DampedNewton(torch.optim.Optimizer):
         if len(mine) != len(now) or any(p is not q for p, q in zip(mine, now, strict=True)):
             raise ValueError("the model has other parameters than at construction: make a new DampedNewton of it")
         with torch.autocast(loss.device.type, enabled=False):
-            _Step(self, _checked_derivatives(self._model, loss)).take()
+            layers = _checked_derivatives(self._model, loss)
+            with torch.inference_mode():  # what outlives the step is made outside of it
+                _Step(self, layers).take()
         return loss
 
 
@@ -649,19 +657,24 @@ class _Step:
         optimizer = self.optimizer
         accepted = trial is not None and (certain or trial.value < self.before)
         if accepted:
-            parameters = self.group["params"]
-            # in the parameters' dtype, as load_state_dict would leave it; a new tensor, since a state_dict may share it
-            momentum = self.state["momentum"].to(parameters[0])
             step = trial.step if self.span is None else self.span.expand(trial.step)
-            self.state["momentum"] = (momentum.new_tensor(_MEMORIES)[:, None] * momentum).add_(step.to(momentum))
-            for p, piece in zip(parameters, step.split([p.numel() for p in parameters]), strict=True):
-                p.copy_(p + piece.view_as(p))  # the sum in float64
+            with torch.inference_mode(False), torch.no_grad():
+                self.move(step)
         optimizer.stalled = not accepted and not optimizer.converged
         value, _, damping, length = trial or _Trial(math.nan, None, math.nan, math.nan)
         optimizer.report = StepReport(
             method, accepted, self.before, value, self.gradient_norm, damping, length, self.num_trials, certified
         )
         return accepted
+
+    def move(self, step: Tensor) -> None:
+        """The parameters, and the sums of earlier steps, by a step (P,)."""
+        parameters = self.group["params"]
+        # in the parameters' dtype, as load_state_dict would leave it; a new tensor, since a state_dict may share it
+        momentum = self.state["momentum"].to(parameters[0])
+        self.state["momentum"] = (momentum.new_tensor(_MEMORIES)[:, None] * momentum).add_(step.to(momentum))
+        for p, piece in zip(parameters, step.split([p.numel() for p in parameters]), strict=True):
+            p.copy_(p + piece.view_as(p))  # the sum in float64
 
     # ------------------------------------------------------------------------------------------------ the systems
 
@@ -837,11 +850,17 @@ def _step_cost(model: DeepMLPWithTracking, group: dict, batch_size: int, num_dam
 
 def _operations(layers: Sequence[LayerDerivatives]) -> dict[str, float]:
     """Of a factorization of the curvature by each route of hessian.py, 'gram' apart."""
-    return count_operations(shapes_of_layers(layers), len(layers[0].inputs))
+    return _counted(tuple(shapes_of_layers(layers)), len(layers[0].inputs))[0]
 
 
 def _sweep_bytes(layers: Sequence[LayerDerivatives]) -> float:
-    return route_costs(shapes_of_layers(layers), len(layers[0].inputs))["sweep"].bytes
+    return _counted(tuple(shapes_of_layers(layers)), len(layers[0].inputs))[1]
+
+
+@lru_cache(maxsize=16)  # a step asks for the same more than once, and so does the next one
+def _counted(shapes: tuple[LayerShape, ...], N: int) -> tuple[dict[str, float], float]:
+    """Operations by route, and bytes of the sweep."""
+    return count_operations(shapes, N), route_costs(shapes, N)["sweep"].bytes
 
 
 def _definite_factorization(
