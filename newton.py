@@ -213,17 +213,18 @@ class _Objective:
             self._biases[0] = False
         self.theta = torch.cat([p.flatten().double() for p in parameters])
         self._sizes = [p.numel() for p in parameters]
-        widest = max(len(layer.weight) for layer in model.layers)
+        widest = max(layer.out_features for layer in model.layers)
         self.rows = max(1, _TRIAL_NUMBERS // (len(self.theta) + 4 * len(self.inputs) * widest))
 
     def logits(self, theta: Tensor) -> Tensor:
         """(k, N, C) at θ (k, P)."""
         pieces = iter(theta.to(self.inputs.dtype).split(self._sizes, 1))
         z, last = self.inputs.expand(len(theta), *self.inputs.shape), len(self.model.layers) - 1
+        activate = self.model.activate
         for index, bias in enumerate(self._biases):
             weight = next(pieces).view(len(theta), -1, z.shape[2]).mT
             h = torch.baddbmm(next(pieces)[:, None, :], z, weight) if bias else torch.bmm(z, weight)
-            z = h if index == last else self.model.activate(index, h, z)
+            z = h if index == last else activate(index, h, z)
         return z
 
     def __call__(self, theta: Tensor) -> Tensor:
