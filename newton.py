@@ -69,6 +69,8 @@ _SEARCH = {
 _MEMORIES = (0.0, 0.8, 0.95)  # decays of the sums of earlier steps that the best trial is extended along
 _EXTENSIONS = (1.0, 3.0)  # times (1 − decay) of such a sum
 _SADDLE_LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)  # both ways along a direction of negative curvature
+_CLIMB = (1.0, 0.01)  # times λ, after a step that had to be shortened, and after one that went well at once
+_CLIMB_STATE = (3.0, 0.1)  # of Gauss–Newton steps by the sweeps' state metric, at all samples
 _MAX_TRIALS = 12  # rounds of trials in a step
 _LEAST_DAMPING, _LARGEST_DAMPING = 1e-30, 1e16  # λ; at the least one none is left
 _FLOOR = 1e-10  # of the damping of parameters in factorizations, the L2 term included: H alone may be singular
@@ -609,14 +611,16 @@ class _Step:
     def climb(self, steps_at: Callable[[Sequence[float]], _Candidates | None], key: str) -> _Trial | None:
         """One λ, where each costs a factorization: raised until f falls, lowered for the next step if all went well."""
         damping, best = self.state[key], None
+        by_state = key == "damping" and self.group["metric"] == "state" and self.of_batch
+        shortened, at_once = _CLIMB_STATE if by_state else _CLIMB
         for trial in range(_MAX_TRIALS):
             self.num_trials = trial + 1
             candidates = steps_at([damping])
             if candidates is not None:
                 best = self.best_of(candidates)
                 if best.value < self.before:
-                    lower = 1.0 if best.length < 1 else 0.1 if trial else 0.01
-                    self.state[key] = max(lower * damping, _LEAST_DAMPING)
+                    factor = shortened if best.length < 1 else 0.1 if trial else at_once
+                    self.state[key] = max(factor * damping, _LEAST_DAMPING)
                     return best
             damping *= 10 if trial < 3 else 100
             if damping > _LARGEST_DAMPING:
