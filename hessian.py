@@ -391,11 +391,11 @@ def _checked_derivatives(model: DeepMLPWithTracking, loss: Tensor) -> tuple[Laye
             f"{found}: pass the very tensor that model(x, y, track_activations=True) returned, of the last such call. "
             "Terms added to it are not seen: for a weight decay ½w‖θ‖² pass the plain loss and damping + w"
         )
-    if any(not p.requires_grad for p in model.parameters()):
+    parameters = list(model.parameters())
+    if not all(p.requires_grad for p in parameters):
         raise ValueError("some parameters are frozen (requires_grad=False): H is that of all of them; unfreeze them")
     if not bool(torch.isfinite(loss)):
         raise ValueError(f"the loss is {loss.item()}: look for overflow in the inputs or the parameters")
-    parameters = list(model.parameters())
     if len(parameters) != len(tracked.parameters) or not all(map(equal, parameters, tracked.parameters)):
         raise ValueError("the parameters changed since the loss was tracked: call the model on the batch again")
     return compute_layer_derivatives(model)

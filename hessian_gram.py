@@ -100,8 +100,8 @@ def state_weights(layers: Sequence[LayerDerivatives]) -> list[Tensor]:
             weight = torch.eye(a, dtype=layer.slope.dtype, device=layer.slope.device).expand(N, a, a)
         else:
             slope_Pi = layer.slope[:, :, None] * Pi
-            weight = slope_Pi * layer.slope[:, None, :]
-            weight.diagonal(dim1=1, dim2=2).add_(1)
+            eye = torch.eye(a, dtype=Pi.dtype, device=Pi.device)
+            weight = torch.addcmul(eye, slope_Pi, layer.slope[:, None, :])
         Omega.append(weight.mean(0))
         if index == 0:
             break
@@ -172,7 +172,7 @@ def _state_group(inputs: Tensor, outputs: Tensor, Omega: Tensor, rho: float, wid
     A.diagonal(dim1=1, dim2=2).add_(outside)
     F, C = torch.linalg.cholesky(Omega), torch.linalg.cholesky(A)
     whitened = torch.linalg.solve_triangular(C, inputs.mT, upper=False).mT
-    outputs = torch.linalg.solve_triangular(F, outputs, upper=False)
+    outputs = torch.linalg.solve_triangular(F, outputs, upper=False).contiguous()  # `transpose` sums over K
     return _Group(whitened, outputs, F, C, basis, outside[:, :, None], width)
 
 

@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import groupby
 from numbers import Integral
 from typing import NamedTuple
 
@@ -44,7 +46,7 @@ from hessian import (
     _modified,
 )
 from hessian_checks import checked_nonnegative
-from hessian_costs import count_operations, factor_operations, route_costs, shapes_of_layers
+from hessian_costs import LayerShape, count_operations, factor_operations, route_costs, shapes_of_layers
 from hessian_gram import DampedSystem, GramSystem, count_gram_operations
 from newton_trust_region import TrustRegionStep, _trust_region, trust_region_step
 
@@ -67,6 +69,8 @@ _SEARCH = {
 _MEMORIES = (0.0, 0.8, 0.95)  # decays of the sums of earlier steps that the best trial is extended along
 _EXTENSIONS = (1.0, 3.0)  # times (1 − decay) of such a sum
 _SADDLE_LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)  # both ways along a direction of negative curvature
+_CLIMB = (1.0, 0.01)  # times λ, after a step that had to be shortened, and after one that went well at once
+_CLIMB_STATE = (3.0, 0.1)  # of Gauss–Newton steps by the sweeps' state metric, at all samples
 _MAX_TRIALS = 12  # rounds of trials in a step
 _LEAST_DAMPING, _LARGEST_DAMPING = 1e-30, 1e16  # λ; at the least one none is left
 _FLOOR = 1e-10  # of the damping of parameters in factorizations, the L2 term included: H alone may be singular
@@ -83,7 +87,9 @@ _INVISIBLE = 1e-9  # relative to f: a decrease that trials can't be compared by
 _KEPT_VECTORS, _UPDATE_VECTORS, _SOLVE_VECTORS = 4, 7, 20
 # and passed through memory: in a step, for each λ, for each trial
 _STEP_TRAFFIC, _SOLVE_TRAFFIC, _TRIAL_TRAFFIC = 50, 130, 6
-_SWEEP_RATE = 0.6  # of a product's: triangular solves and Cholesky are slower
+# of a product's rate, by a sweep's counted operations (one core, four samples and 128 units: 0.6; 256 units and four:
+# 0.75, eight: 0.82, sixteen: 0.83): small products and the factors of small blocks are slower
+_SWEEP_RATE = 0.8
 _SPAN_PASSES = 3  # products of the span's basis with a first layer, in a step
 _WIDE_LAYER = 2**20  # weights; a first layer of so many, and few samples, is restricted to the samples' span
 _TRIAL_NUMBERS = 2**26  # numbers in the trial parameters and activations that one forward pass may hold
@@ -201,7 +207,7 @@ class _Objective:
     def __init__(self, model: DeepMLPWithTracking, weight_decay: float, span: _Span | None = None):
         self.model, self.weight_decay = model, weight_decay
         self.inputs, self.targets = model._tracked.inputs, model._tracked.targets
-        parameters = [p.detach() for p in model.parameters()]
+        parameters = [p.detach() for layer in model.layers for p in (layer.weight, layer.bias) if p is not None]
         self._biases = [linear.bias is not None for linear in model.layers]
         if span is not None:
             self.inputs = span.inputs.to(self.inputs.dtype)
@@ -209,17 +215,18 @@ class _Objective:
             self._biases[0] = False
         self.theta = torch.cat([p.flatten().double() for p in parameters])
         self._sizes = [p.numel() for p in parameters]
-        widest = max(len(layer.weight) for layer in model.layers)
+        widest = max(layer.out_features for layer in model.layers)
         self.rows = max(1, _TRIAL_NUMBERS // (len(self.theta) + 4 * len(self.inputs) * widest))
 
     def logits(self, theta: Tensor) -> Tensor:
         """(k, N, C) at θ (k, P)."""
         pieces = iter(theta.to(self.inputs.dtype).split(self._sizes, 1))
         z, last = self.inputs.expand(len(theta), *self.inputs.shape), len(self.model.layers) - 1
+        activate = self.model.activate
         for index, bias in enumerate(self._biases):
             weight = next(pieces).view(len(theta), -1, z.shape[2]).mT
             h = torch.baddbmm(next(pieces)[:, None, :], z, weight) if bias else torch.bmm(z, weight)
-            z = h if index == last else self.model.activate(index, h, z)
+            z = h if index == last else activate(index, h, z)
         return z
 
     def __call__(self, theta: Tensor) -> Tensor:
@@ -237,8 +244,8 @@ class _Objective:
         return torch.cat(values)
 
     def gradient_norm(self, theta: Tensor) -> float:
-        with torch.enable_grad():
-            theta = theta.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            theta = theta.clone().requires_grad_()  # of an inference tensor, a normal one
             (gradient,) = torch.autograd.grad(self(theta[None])[0], theta)
         return float(torch.linalg.vector_norm(gradient))
 
@@ -282,9 +289,13 @@ def _sub_batch(layers: Sequence[LayerDerivatives], chosen: Tensor) -> tuple[Laye
 def _gradient(layers: Sequence[LayerDerivatives]) -> Tensor:
     """∂loss/∂θ (P,): λᵀz̃ of each layer, its weight, then its bias."""
     pieces = []
-    for layer in layers:
-        weight, bias = (layer.adjoint.mT @ layer.inputs).tensor_split((layer.weight.shape[1],), 1)
-        pieces += [weight.flatten(), bias.flatten()]
+    for (_, width, _), alike in groupby(layers, lambda x: (*x.weight.shape, x.inputs.shape[1])):
+        alike = list(alike)
+        if len(alike) == 1:  # no copies of what may be large
+            X = (alike[0].adjoint.mT @ alike[0].inputs)[None]
+        else:
+            X = torch.stack([x.adjoint for x in alike]).mT @ torch.stack([x.inputs for x in alike])
+        pieces.append(torch.cat([X[:, :, :width].flatten(1), X[:, :, width:].flatten(1)], 1).flatten())
     return torch.cat(pieces)
 
 
@@ -407,7 +418,9 @@ class DampedNewton(torch.optim.Optimizer):
         if len(mine) != len(now) or any(p is not q for p, q in zip(mine, now, strict=True)):
             raise ValueError("the model has other parameters than at construction: make a new DampedNewton of it")
         with torch.autocast(loss.device.type, enabled=False):
-            _Step(self, _checked_derivatives(self._model, loss)).take()
+            layers = _checked_derivatives(self._model, loss)
+            with torch.inference_mode():  # what outlives the step is made outside of it
+                _Step(self, layers).take()
         return loss
 
 
@@ -598,14 +611,16 @@ class _Step:
     def climb(self, steps_at: Callable[[Sequence[float]], _Candidates | None], key: str) -> _Trial | None:
         """One λ, where each costs a factorization: raised until f falls, lowered for the next step if all went well."""
         damping, best = self.state[key], None
+        by_state = key == "damping" and self.group["metric"] == "state" and self.of_batch
+        shortened, at_once = _CLIMB_STATE if by_state else _CLIMB
         for trial in range(_MAX_TRIALS):
             self.num_trials = trial + 1
             candidates = steps_at([damping])
             if candidates is not None:
                 best = self.best_of(candidates)
                 if best.value < self.before:
-                    lower = 1.0 if best.length < 1 else 0.1 if trial else 0.01
-                    self.state[key] = max(lower * damping, _LEAST_DAMPING)
+                    factor = shortened if best.length < 1 else 0.1 if trial else at_once
+                    self.state[key] = max(factor * damping, _LEAST_DAMPING)
                     return best
             damping *= 10 if trial < 3 else 100
             if damping > _LARGEST_DAMPING:
@@ -647,19 +662,24 @@ class _Step:
         optimizer = self.optimizer
         accepted = trial is not None and (certain or trial.value < self.before)
         if accepted:
-            parameters = self.group["params"]
-            # in the parameters' dtype, as load_state_dict would leave it; a new tensor, since a state_dict may share it
-            momentum = self.state["momentum"].to(parameters[0])
             step = trial.step if self.span is None else self.span.expand(trial.step)
-            self.state["momentum"] = (momentum.new_tensor(_MEMORIES)[:, None] * momentum).add_(step.to(momentum))
-            for p, piece in zip(parameters, step.split([p.numel() for p in parameters]), strict=True):
-                p.copy_(p + piece.view_as(p))  # the sum in float64
+            with torch.inference_mode(False), torch.no_grad():
+                self.move(step)
         optimizer.stalled = not accepted and not optimizer.converged
         value, _, damping, length = trial or _Trial(math.nan, None, math.nan, math.nan)
         optimizer.report = StepReport(
             method, accepted, self.before, value, self.gradient_norm, damping, length, self.num_trials, certified
         )
         return accepted
+
+    def move(self, step: Tensor) -> None:
+        """The parameters, and the sums of earlier steps, by a step (P,)."""
+        parameters = self.group["params"]
+        # in the parameters' dtype, as load_state_dict would leave it; a new tensor, since a state_dict may share it
+        momentum = self.state["momentum"].to(parameters[0])
+        self.state["momentum"] = (momentum.new_tensor(_MEMORIES)[:, None] * momentum).add_(step.to(momentum))
+        for p, piece in zip(parameters, step.split([p.numel() for p in parameters]), strict=True):
+            p.copy_(p + piece.view_as(p))  # the sum in float64
 
     # ------------------------------------------------------------------------------------------------ the systems
 
@@ -795,7 +815,11 @@ def _step_cost(model: DeepMLPWithTracking, group: dict, batch_size: int, num_dam
     a, d = len(layers[0].weight), layers[0].inputs.shape[1]
     half = 0.5 if next(model.parameters()).dtype == torch.float32 else 1.0
     operations = 2 * N * P * (half + 3)  # the closure's forward pass, and the closed form's forward, backward, gradient
+    kept_vectors, update_vectors = _KEPT_VECTORS, _UPDATE_VECTORS
     if _is_wide(N, d, a):
+        # the model, its three momenta, the weights that were tracked, and U; then the step, the momenta that follow,
+        # and the sum of a weight and its piece, in float64
+        kept_vectors, update_vectors = 5 * half + 1, 1 + 3 * half + (2 if half < 1 else 1)
         weight, inputs = (torch.empty(rows, N + 1, device="meta") for rows in (a, N))
         layers = (layers[0]._replace(weight=weight, inputs=inputs), *layers[1:])
         operations += 4 * d * N**2 + 2 * N * d * a * _SPAN_PASSES
@@ -825,17 +849,23 @@ def _step_cost(model: DeepMLPWithTracking, group: dict, batch_size: int, num_dam
         operations += tries * factor_operations(reduced) + (1 if formed_once else tries) * forming
         kept, solve = 0, 8 * 3 * reduced**2
     batch = 8 * N * 2 * d + 5 * N * state
-    alive = max(solve + 8 * reduced * _SOLVE_VECTORS, kept + 8 * P * _UPDATE_VECTORS)
-    return StepCost(route, tries, operations, traffic, batch + 8 * P * _KEPT_VECTORS + alive)
+    alive = max(solve + 8 * reduced * _SOLVE_VECTORS, kept + 8 * P * update_vectors)
+    return StepCost(route, tries, operations, traffic, batch + 8 * P * kept_vectors + alive)
 
 
 def _operations(layers: Sequence[LayerDerivatives]) -> dict[str, float]:
     """Of a factorization of the curvature by each route of hessian.py, 'gram' apart."""
-    return count_operations(shapes_of_layers(layers), len(layers[0].inputs))
+    return _counted(tuple(shapes_of_layers(layers)), len(layers[0].inputs))[0]
 
 
 def _sweep_bytes(layers: Sequence[LayerDerivatives]) -> float:
-    return route_costs(shapes_of_layers(layers), len(layers[0].inputs))["sweep"].bytes
+    return _counted(tuple(shapes_of_layers(layers)), len(layers[0].inputs))[1]
+
+
+@lru_cache(maxsize=16)  # a step asks for the same more than once, and so does the next one
+def _counted(shapes: tuple[LayerShape, ...], N: int) -> tuple[dict[str, float], float]:
+    """Operations by route, and bytes of the sweep."""
+    return count_operations(shapes, N), route_costs(shapes, N)["sweep"].bytes
 
 
 def _definite_factorization(
