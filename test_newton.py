@@ -941,7 +941,6 @@ def test_what_a_step_leaves_can_be_differentiated(route):
     model(x, y).backward()
 
 
-
 @pytest.mark.parametrize(
     "case, options, route",
     (
