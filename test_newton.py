@@ -928,6 +928,19 @@ def test_a_wide_first_layer_by_the_gram_route(monkeypatch):
     assert losses[-1] < 1e-3 * losses[0]
 
 
+@pytest.mark.parametrize("route", ["gram", "sweep"])
+def test_what_a_step_leaves_can_be_differentiated(route):
+    torch.manual_seed(0)
+    model = DeepMLPWithTracking(5, 4, 3, 3).double()
+    x, y = torch.randn(6, 5, dtype=torch.float64), torch.randint(3, (6,))
+    optimizer = DampedNewton(model, route=route)
+    loss = optimizer.step(lambda: model(x, y, track_activations=True))
+    assert optimizer.report.accepted
+    kept = [loss, *model.parameters(), *optimizer.state_dict()["state"][0].values()]
+    assert not any(t.is_inference() for t in kept if isinstance(t, torch.Tensor))
+    model(x, y).backward()
+
+
 @pytest.mark.parametrize(
     "case, options, route",
     (
