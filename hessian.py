@@ -1185,7 +1185,8 @@ class HessianFactorization:
 
     def _direct(self, v: Tensor) -> Tensor:
         dtype = torch.float32 if self.precision == "mixed" else torch.float64
-        return self._factor.solve(v.to(dtype)).to(torch.float64)
+        with one_pool(v.device):  # layers may be recomputed: at another number of threads, to other bits
+            return self._factor.solve(v.to(dtype)).to(torch.float64)
 
     def _product(self, v: Tensor) -> Tensor:
         return _product(self._layers, v) + _damping_vector(self._layers, self._epsilons) * v

@@ -223,11 +223,12 @@ def _pivoted(G: np.ndarray) -> _Pivoted | None:
     interchanges[first] = first
     # Jacobi's rotation of each 2 × 2 block [[D_i, b], [b, D_{i+1}]], b ≠ 0: t = tan of its angle
     second, b = first + 1, below[first]
-    tau = (D[second] - D[first]) / (2 * b)
-    t = np.copysign(1 / (np.abs(tau) + np.hypot(tau, 1.0)), tau)
+    gap = D[second] - D[first]
+    t = 2 * b / (np.abs(gap) + np.sqrt(gap * gap + 4 * b * b))
+    t = np.where(gap < 0, -t, t)
     D[first] -= t * b
     D[second] += t * b
-    cosine = (1 / np.hypot(t, 1.0))[:, None]
+    cosine = (1 / np.sqrt(1 + t * t))[:, None]
     found = _Pivoted(lower, D, first, cosine, t[:, None] * cosine, interchanges)
     return found if math.isfinite(found.logabsdet()) else None
 
@@ -275,8 +276,7 @@ def _factor_rest(rest: Tensor) -> SymmetricFactor | None:
     while edges[-1] < m:
         start, stop = edges[-1], min(edges[-1] + BLOCK, m)
         stop += bool(np.isin(stop - 1, found.first))  # a 2 × 2 block is not split
-        inverse = np.eye(stop - start, dtype=G.dtype).T
-        lower = found.lower[start:stop, start:stop]
+        lower, inverse = found.lower[start:stop, start:stop], np.eye(stop - start, dtype=G.dtype).T
         inverse = _lapack("trsm", G)(1.0, lower, inverse, diag=1, **_FROM_RIGHT).T
         found.rotate(inverse, start, stop)
         inverses.append(inverse / root[start:stop])
