@@ -223,12 +223,11 @@ def _pivoted(G: np.ndarray) -> _Pivoted | None:
     interchanges[first] = first
     # Jacobi's rotation of each 2 × 2 block [[D_i, b], [b, D_{i+1}]], b ≠ 0: t = tan of its angle
     second, b = first + 1, below[first]
-    gap = D[second] - D[first]
-    t = 2 * b / (np.abs(gap) + np.sqrt(gap * gap + 4 * b * b))
-    t = np.where(gap < 0, -t, t)
+    tau = (D[second] - D[first]) / (2 * b)
+    t = np.copysign(1 / (np.abs(tau) + np.hypot(tau, 1.0)), tau)
     D[first] -= t * b
     D[second] += t * b
-    cosine = (1 / np.sqrt(1 + t * t))[:, None]
+    cosine = (1 / np.hypot(t, 1.0))[:, None]
     found = _Pivoted(lower, D, first, cosine, t[:, None] * cosine, interchanges)
     return found if math.isfinite(found.logabsdet()) else None
 
