@@ -183,14 +183,12 @@ def one_step(layers: int, width: int, batch: int, size: int, image_size: int) ->
     began = time.perf_counter()
     optimizer.step(lambda: model(x, y, track_activations=True))
     seconds = time.perf_counter() - began
-    after = measure_machine(args, CPU)
     cost = optimizer.estimate_step(batch, optimizer.report.num_trials)
-    guesses = [cost.seconds(r.operations, r.traffic) for r in (rates, after)]
     return {
         "route": cost.route,
         "dampings": optimizer.report.num_trials,
         "seconds": seconds,
-        "estimated_seconds": sum(guesses) / 2,
+        "estimated_seconds": cost.seconds(rates.operations, rates.traffic),
         "bytes": status("VmHWM") - before,
         "estimated_bytes": cost.bytes,
     }
@@ -205,15 +203,23 @@ def steps(args: argparse.Namespace, folder: Path) -> list[str]:
         image_size = 32 if args.quick else 224
         code = "import json, benchmark_imagenet as b; clock = b.processor_clock(); clock.__enter__()"
         code += f"; print(json.dumps(b.one_step(*{row}, {image_size})))"
-        output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-        found = json.loads(output.splitlines()[-1])
+        runs = []
+        while len(runs) < (1 if args.quick else 3) and sum(run["seconds"] for run in runs) < 60:
+            output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+            runs.append(json.loads(output.splitlines()[-1]))
+        found = min(runs, key=lambda run: run["seconds"])
         took, guess, size, planned = (found[n] for n in ("seconds", "estimated_seconds", "bytes", "estimated_bytes"))
         lines.append(
             f"| {row[0]} × {row[1]}, {row[2]}, {row[3]} | {found['route']} | {found['dampings']} | {took:.2f} | "
             f"{guess:.2f} | {guess / took:.2f} | {size / 1e9:.2f} | {planned / 1e9:.2f} | {planned / size:.2f} |"
         )
         print(lines[-1], flush=True)
-    return [*lines, "", "1,000 classes; one step each, the estimate for as many dampings as it tried."]
+    return [
+        *lines,
+        "",
+        "1,000 classes; the fastest of three steps, one where it takes a minute, each in a process of its own; the "
+        "estimate is for as many dampings as it tried, at the rates that were measured before.",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ compare

@@ -85,8 +85,8 @@ _ROUNDING = 1e-13  # relative to f: what decides nothing
 _INVISIBLE = 1e-9  # relative to f: a decrease that trials can't be compared by
 # vectors of all parameters in float64: kept in a step, alive beside them around the solve, and (of the reduced) in it
 _KEPT_VECTORS, _UPDATE_VECTORS, _SOLVE_VECTORS = 4, 7, 20
-# and passed through memory: in a step, for each λ, for each trial
-_STEP_TRAFFIC, _SOLVE_TRAFFIC, _TRIAL_TRAFFIC = 50, 130, 6
+# and passed through memory that is new to the process: in a step, for each λ, for each trial
+_STEP_TRAFFIC, _SOLVE_TRAFFIC, _TRIAL_TRAFFIC = 32, 130, 6
 # of a product's rate, by a sweep's counted operations (one core, four samples and 128 units: 0.6; 256 units and four:
 # 0.75, eight: 0.82, sixteen: 0.83): small products and the factors of small blocks are slower
 _SWEEP_RATE = 0.8
@@ -420,7 +420,9 @@ class DampedNewton(torch.optim.Optimizer):
         with torch.autocast(loss.device.type, enabled=False):
             layers = _checked_derivatives(self._model, loss)
             with torch.inference_mode():  # what outlives the step is made outside of it
-                _Step(self, layers).take()
+                step = _Step(self, layers)
+                del layers  # of a wide first layer the step keeps less
+                step.take()
         return loss
 
 
