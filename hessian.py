@@ -115,7 +115,6 @@ from hessian_linear_algebra import (
     SymmetricFactor,
     column_norms,
     factor_symmetric,
-    largest_entry,
     minimum_norm,
     mirror,
     one_pool,
@@ -148,8 +147,8 @@ if TYPE_CHECKING:
 Damping = float | tuple[float, ...]
 
 _REFINED_NUMBERS = 2**23  # right-hand sides are refined together up to this many numbers
-_PROBE_RTOL = 1e-10  # of the trial solve that decides whether a float32 factor will do,
-_PROBE_STEPS, _PROBE_QUICK_RTOL = 8, 1e-3  # in so many steps, or this in the first three of them
+# of the trial solve that decides whether a float32 factor will do: its residual, and in how many steps
+_PROBE_RTOL, _PROBE_STEPS = 1e-10, 8
 _TINY = 1e-30  # keeps 0/0 out
 _GROWTH = 1e4  # a pivot that would add more than so many times the cost-to-go's natural size to it is carried
 _DENSE_TRIAL = 3000  # a failed solve tries the dense route for its error message up to this many parameters
@@ -343,10 +342,10 @@ def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivati
     check_layers(model, DeepMLPWithTracking)
     # forward: z̃, h
     z, targets = model._tracked.inputs.to(torch.float64), model._tracked.targets
-    weights, inputs, pre_activations = [], [], []
+    weights, inputs, pre_activations, ones = [], [], [], z.new_ones(len(z), 1)
     for index, linear in enumerate(model.layers):
         weights.append(linear.weight.to(torch.float64, copy=True))
-        inputs.append(z.clone() if linear.bias is None else torch.cat([z, z.new_ones(len(z), 1)], 1))  # (N, d)
+        inputs.append(z.clone() if linear.bias is None else torch.cat([z, ones], 1))  # (N, d)
         h = F.linear(z, weights[-1], None if linear.bias is None else linear.bias.to(torch.float64))  # (N, a)
         pre_activations.append(h)
         if index + 1 < len(model.layers):
@@ -502,11 +501,19 @@ class _Indefinite(Exception):
         self.index = index
 
 
+def _alike(layers: Sequence[LayerDerivatives]) -> Iterator[list[int]]:
+    """Indices of neighbouring layers of one shape: what no recursion needs is computed for all of them at once."""
+    shapes = [(x.weight.shape, x.inputs.shape) for x in layers]
+    for _, members in groupby(range(len(shapes)), key=shapes.__getitem__):
+        yield list(members)
+
+
 class _Reduced(NamedTuple):
     """z̃ = R Qᵀ. Where N ≥ d, Q is the identity (None) and R = z̃."""
 
     basis: Tensor | None  # (d, r) Q
     rows: Tensor  # (N, r) R
+    outside: Tensor | None  # (a′, a′) I − QQᵀ without the bias; None in layer 1
 
 
 class _Formed(NamedTuple):
@@ -514,11 +521,31 @@ class _Formed(NamedTuple):
 
     reduced: list[_Reduced]
     scales: list[float]  # the natural size of the cost-to-go below each layer, see `_natural_scales`
+    couplings: list[float]  # ‖λ‖ of each layer
 
 
 def _form(layers: Sequence[LayerDerivatives]) -> _Formed:
     reduced = _reduced_inputs(layers)
-    return _Formed(reduced, _natural_scales(layers, reduced))
+    norms = torch.stack([torch.linalg.vector_norm(layer.adjoint) for layer in layers])
+    return _Formed(reduced, _natural_scales(layers, reduced), norms.tolist())
+
+
+def _reduced_inputs(layers: Sequence[LayerDerivatives]) -> list[_Reduced]:
+    reduced = []
+    for members in _alike(layers):
+        inputs = [layers[i].inputs for i in members]
+        N, d = inputs[0].shape
+        if N >= d:
+            reduced += [_Reduced(None, rows, None) for rows in inputs]
+            continue
+        Q, R = torch.linalg.qr(torch.stack(inputs).mT)
+        outside = [None] * len(members)
+        if members[-1] > 0:
+            within = Q[:, : layers[members[0]].weight.shape[1]]
+            outside = (within @ within.mT).neg_()
+            outside.diagonal(dim1=1, dim2=2).add_(1)
+        reduced += map(_Reduced, Q, R.mT.contiguous(), outside)
+    return reduced
 
 
 def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[_Reduced]) -> list[float]:
@@ -527,8 +554,14 @@ def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[_Reduc
 
     With nothing eliminated samples don't mix: P (N, a, a), one pass down of O(N a³) a layer.
     """
-    scales, P = [], None
-    for layer, (_, R) in zip(reversed(layers[1:]), reversed(reduced[1:]), strict=True):
+    couplings = []
+    for members in _alike(layers):
+        adjoint, R = (
+            torch.stack(x) for x in zip(*((layers[i].adjoint, reduced[i].rows) for i in members), strict=True)
+        )
+        couplings += adjoint.abs().amax((1, 2)) / R.abs().amax((1, 2)).clamp_min(_TINY)
+    extremes, P = [], None
+    for layer, coupling in zip(reversed(layers[1:]), reversed(couplings[1:]), strict=True):
         W = layer.weight
         if layer.output is not None:
             below = W.mT @ _output_times_weight(layer)
@@ -540,23 +573,12 @@ def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[_Reduc
             if layer.skip:
                 cross = W.mT @ slope_P
                 below = below + layer.skip * (cross + cross.mT) + layer.skip**2 * P
-        below.diagonal(dim1=1, dim2=2).add_(largest_entry(layer.adjoint) / largest_entry(R).clamp_min(_TINY))
-        scales.append(largest_entry(below))
+        below.diagonal(dim1=1, dim2=2).add_(coupling)
+        extremes += torch.aminmax(below)
         P = below
-    return [0.0, *torch.stack(scales[::-1]).tolist()] if scales else [0.0]  # below layer 1 there is nothing
-
-
-def _reduced_inputs(layers: Sequence[LayerDerivatives]) -> list[_Reduced]:
-    """Of every layer; one batched QR for neighbours of one shape."""
-    reduced = []
-    for (N, d), group in groupby((layer.inputs for layer in layers), key=lambda inputs: inputs.shape):
-        group = list(group)
-        if N >= d:
-            reduced += [_Reduced(None, inputs) for inputs in group]
-            continue
-        Q, R = torch.linalg.qr(torch.stack(group).mT)
-        reduced += map(_Reduced, Q, R.mT.contiguous())
-    return reduced
+    if not extremes:
+        return [0.0]  # below layer 1 there is nothing
+    return [0.0, *torch.stack(extremes[::-1]).abs().view(-1, 2).amax(1).tolist()]
 
 
 class _CostToGo(NamedTuple):
@@ -683,7 +705,9 @@ def _eliminate_layer(
         if index:
             W = factor.whiten(B)
             del B
-            carried, coupling, values = _carry(layer, reduced, epsilon, factor, W, formed.scales[index])
+            carried, coupling, values = _carry(
+                layer, reduced, epsilon, factor, W, formed.scales[index], formed.couplings[index]
+            )
             if carried is not None:
                 num_rows = len(carried.rows)
                 negative -= int((values[:num_rows] < 0).sum())
@@ -702,34 +726,36 @@ def _eliminate_layer(
     if P is not None:
         mirror(P)
         if reduced.basis is not None:  # − (λλᵀ) ⊗ (I − QQᵀ)/ε, without the bias, and without what is carried
-            Q, adjoint = reduced.basis[:width], layer.adjoint
+            adjoint = layer.adjoint
             if carried is not None and carried.left is not None:
                 adjoint = adjoint - (adjoint @ carried.left) @ carried.left.mT
-            outside = (Q @ Q.mT).neg_()
-            outside.diagonal().add_(1)
             P.view(N, width, N, width).addcmul_(
-                (adjoint @ adjoint.mT)[:, None, :, None], outside[:, None, :], value=-1 / epsilon
+                (adjoint @ adjoint.mT)[:, None, :, None], reduced.outside[:, None, :], value=-1 / epsilon
             )
     below = None if P is None else _CostToGo(P, coupling, values, definite)
     return _Pivot(reduced, epsilon, solver, carried), _Count(negative, logabsdet), below
 
 
 def _carry(
-    layer: LayerDerivatives, reduced: _Reduced, epsilon: float, factor: SymmetricFactor, W: Tensor, scale: float
+    layer: LayerDerivatives,
+    reduced: _Reduced,
+    epsilon: float,
+    factor: SymmetricFactor,
+    W: Tensor,
+    scale: float,
+    norm: float,
 ) -> tuple[_Carried | None, Tensor | None, Tensor | None]:
     """Which pivots to leave to the layer below, their coupling to t_{ℓ-1} (k, n′) and their values (k,).
 
-    A pivot whose elimination would add to the cost-to-go more than _GROWTH times its natural size, `scale`. Rows of W
-    that are carried are set to zero. ω is scaled so that all couplings to t are of the size of Y's.
+    A pivot whose elimination would add to the cost-to-go more than _GROWTH times its natural size, `scale`. norm: ‖λ‖.
+    Rows of W that are carried are set to zero. ω is scaled so that all couplings to t are of the size of Y's.
     """
     if not 0 < scale < math.inf:  # nothing couples, or overflow, which is found elsewhere
         return None, None, None
     bound = _GROWTH * scale
     width = layer.weight.shape[1]
     length = torch.linalg.vector_norm(W, dim=1)
-    carries_outside = reduced.basis is not None and float(torch.linalg.vector_norm(layer.adjoint)) > math.sqrt(
-        bound * abs(epsilon)
-    )
+    carries_outside = reduced.basis is not None and norm > math.sqrt(bound * abs(epsilon))
     if not carries_outside and float(length.max()) <= math.sqrt(bound):
         return None, None, None
     rows = (length > math.sqrt(bound)).nonzero()[:, 0]
@@ -939,27 +965,27 @@ def _copied(above: _CostToGo | None) -> _CostToGo | None:
     return None if above is None else above._replace(P=above.P.clone())
 
 
-def _alike(sweep: _Sweep) -> Iterator[list[int]]:
-    """Indices of neighbouring layers of one shape: what no recursion needs is computed for all of them at once."""
-    shapes = [(x.weight.shape, x.inputs.shape) for x in sweep.layers]
-    for _, members in groupby(range(len(shapes)), key=shapes.__getitem__):
-        yield list(members)
-
-
-def _split(sweep: _Sweep, V: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Of each layer V Q (k, a, r), and V − V Q Qᵀ (k, a, d), None where zero."""
-    inside, outside = [], []
-    for members in _alike(sweep):
+def _split(sweep: _Sweep, V: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    """Of each layer −(V Q)ᵀ (k, r, a), V⊥ = V − V Q Qᵀ (k, a, d), and λ V⊥ (k, N, a′) without the bias; None where
+    zero."""
+    inside, outside, coupled = [], [], []
+    for members in _alike(sweep.layers):
         if sweep.formed.reduced[members[0]].basis is None:
-            inside += [V[i] for i in members]
+            inside += [-V[i].mT for i in members]
             outside += [None] * len(members)
+            coupled += [None] * len(members)
             continue
         blocks = torch.stack([V[i] for i in members])  # (g, k, a, d)
         bases = torch.stack([sweep.formed.reduced[i].basis for i in members])[:, None]  # (g, 1, d, r)
         within = blocks @ bases
-        inside += within
+        inside += within.mT.neg()
         outside += blocks.sub_(within @ bases.mT)
-    return inside, outside
+        if members[-1] == 0:  # below layer 1 there is nothing
+            coupled.append(None)
+            continue
+        width = sweep.layers[members[0]].weight.shape[1]
+        coupled += torch.stack([sweep.layers[i].adjoint for i in members])[:, None] @ blocks[..., :width]
+    return inside, outside, coupled
 
 
 def _join(
@@ -972,7 +998,7 @@ def _join(
     """X = Y Qᵀ + X⊥ (k, a, d) of each layer, X⊥ = (V − λᵀ[t, 0])(I − QQᵀ)/ε but for what was carried: `outside` is
     V(I − QQᵀ), `states` t_{ℓ-1} (k, N, a′), and `carried` has the parameters U Z Q⊥ᵀ."""
     X = []
-    for members in _alike(sweep):
+    for members in _alike(sweep.layers):
         if outside[members[0]] is None:
             X += [Y[i] for i in members]
             continue
@@ -998,11 +1024,11 @@ def _sweep_solve(sweep: _Sweep, v: Tensor) -> Tensor:
     """One backward and one forward sweep for v (P, k): the direct solution of (H + εI) x = v."""
     layers = sweep.layers
     V, states = _blocks(layers, v), []
-    inside, outside = _split(sweep, V)
+    inside, outside, coupled = _split(sweep, V)
     p = p_carried = None  # derivative of the cost-to-go at 0, in t_ℓ: (k, N, a), and in w: (k, k_w)
     for index, pivot in zip(range(len(layers) - 1, -1, -1), sweep.downward(), strict=True):
         layer, carried, width = layers[index], pivot.carried, layers[index].weight.shape[1]
-        q = -inside[index].mT  # (k, r, a)
+        q = inside[index]
         if p is not None:
             slope_p = layer.slope * p
             q = q + pivot.reduced.rows.mT @ slope_p
@@ -1011,16 +1037,16 @@ def _sweep_solve(sweep: _Sweep, v: Tensor) -> Tensor:
         states.append(state)
         if index == 0:
             break
-        below = -back.unflatten(1, (len(layer.inputs), -1))  # (k, N, a′)
-        if p is not None:
-            below = _with_skip(layer.skip, below + slope_p @ layer.weight, p)
+        back = back.unflatten(1, (len(layer.inputs), -1))  # (k, N, a′)
+        below = -back if p is None else _with_skip(layer.skip, slope_p @ layer.weight - back, p)
         p_carried = left
         if outside[index] is not None:
-            free = outside[index]
+            pull = coupled[index]
             if carried is not None and carried.left is not None:
-                free = free - carried.left @ (carried.left.mT @ free)
+                free = outside[index][:, :, :width]
+                pull = layer.adjoint @ (free - carried.left @ (carried.left.mT @ free))
                 p_carried = torch.cat([p_carried, carried.of_perpendicular(V[index])], 1)
-            below = below + layer.adjoint @ free[:, :, :width] / pivot.damping
+            below = torch.add(below, pull, alpha=1 / pivot.damping)
         p = below
     Y, inputs, t, w = [], [], None, None
     parameters = {}  # of what was carried: index → carried, U Z Q⊥ᵀ's Z
@@ -1141,7 +1167,7 @@ class HessianFactorization:
     def solve(self, v: Tensor, *, rtol: float | None = 1e-8) -> Tensor:
         """x with (H + εI) x = v, for v of shape (P,) or (P, k), float32 or float64; x has v's dtype, no graph.
 
-        Refined until the residual stops falling. Each column then has ‖(H + εI)x − v‖ ≤ rtol ‖v‖, by an exact
+        Refined until the residual stops falling, or with a float32 factor meets rtol. Each column then has ‖(H + εI)x − v‖ ≤ rtol ‖v‖, by an exact
         product in float64, before x is rounded to v's dtype; or SingularHessianError is raised, with the residual
         reached, and an rtol and (where two trials find one) a damping that will do. rtol=None: one direct sweep, no
         product, nothing checked (and to float32's digits only, where precision is 'mixed'). Cost: O(Σ m² + m n′) a
@@ -1152,7 +1178,9 @@ class HessianFactorization:
             raise ValueError("factored with keep='inertia': factor with keep='solve' to solve")
         if rtol is None:
             return self._direct(columns).reshape(v.shape).to(v.dtype)
-        x, residual = self._refined(columns, checked_rtol(rtol))
+        rtol = checked_rtol(rtol)
+        # a step on a float32 factor adds few digits, and takes as long as on a float64 one: no more of them than asked for
+        x, residual = self._refined(columns, rtol, target=rtol if self.precision == "mixed" else 0.0)
         if bool((residual <= rtol).all()):
             return x.reshape(v.shape).to(v.dtype)
         worst, column = residual.max(0)
@@ -1197,14 +1225,14 @@ class HessianFactorization:
         return Refined(*(torch.cat(pieces, -1) for pieces in zip(*parts, strict=True)))
 
     def _probe(self) -> bool:
-        """Whether a float32 factor refines a fixed random v to _PROBE_RTOL fast, or clearly would."""
+        """Whether a float32 factor refines a fixed random v to _PROBE_RTOL in _PROBE_STEPS, or would at the rate of the
+        first of them."""
         if not math.isfinite(self.logabsdet):
             return False
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.num_parameters, 1, generator=generator, dtype=torch.float64)
         v = v.to(self._layers[0].weight.device)
-        quick = self._refined(v, _PROBE_QUICK_RTOL, target=_PROBE_QUICK_RTOL, max_steps=3)
-        if bool(quick.residual <= _PROBE_QUICK_RTOL):
+        if bool(self._refined(v, _PROBE_RTOL, max_steps=1).residual <= _PROBE_RTOL ** (1 / _PROBE_STEPS)):
             return True
         return bool(self._refined(v, _PROBE_RTOL, max_steps=_PROBE_STEPS).residual <= _PROBE_RTOL)
 
@@ -1362,7 +1390,7 @@ def _may_gram(curvature: str, state_damping: float, epsilons: Sequence[float]) -
 
 
 def _cheapest_route(
-    shapes: Sequence[LayerShape], N: int, curvature: str, state_damping: float, epsilons: Sequence[float]
+    shapes: tuple[LayerShape, ...], N: int, curvature: str, state_damping: float, epsilons: Sequence[float]
 ) -> str:
     operations = count_operations(shapes, N, _may_gram(curvature, state_damping, epsilons))
     return min(operations, key=operations.get)

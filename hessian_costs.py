@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from numbers import Integral
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 DENSE_CHUNK = 2**28  # bytes: temporaries of the dense Hessian are formed in chunks of this
 _CLASS_CHUNK = 2**28  # bytes: the couplings of many classes are formed in chunks of this
+_cached = lru_cache(maxsize=64)  # one factorization asks for the same more than once, and so does the next one
 
 
 class LayerShape(NamedTuple):
@@ -40,17 +43,17 @@ class RouteCost(NamedTuple):
         return f"{self.operations:.2g} operations, {self.bytes / 1e9:.2g} GB"
 
 
-def shapes_of_model(model: DeepMLPWithTracking) -> list[LayerShape]:
+def shapes_of_model(model: DeepMLPWithTracking) -> tuple[LayerShape, ...]:
     zero_sum = model.loss == "cross_entropy"
-    return [
+    return tuple(
         LayerShape(*linear.weight.shape, linear.in_features + (linear.bias is not None), bool(skip), zero_sum)
         for linear, skip in zip(model.layers, model.skips, strict=True)
-    ]
+    )
 
 
-def shapes_of_layers(layers: Sequence[LayerDerivatives]) -> list[LayerShape]:
+def shapes_of_layers(layers: Sequence[LayerDerivatives]) -> tuple[LayerShape, ...]:
     zero_sum = layers[-1].output.zero_sum
-    return [LayerShape(*x.weight.shape, x.inputs.shape[1], bool(x.skip), zero_sum) for x in layers]
+    return tuple(LayerShape(*x.weight.shape, x.inputs.shape[1], bool(x.skip), zero_sum) for x in layers)
 
 
 class LayerOperations(NamedTuple):
@@ -96,7 +99,8 @@ def natural_operations(shapes: Sequence[LayerShape], N: int) -> float:
     return hidden + (2 * N * shapes[-1].width ** 2 * shapes[-1].a if len(shapes) > 1 else 0)  # Wᵀ Λ W
 
 
-def prefers_many_classes(shapes: Sequence[LayerShape], N: int) -> bool:
+@_cached
+def prefers_many_classes(shapes: tuple[LayerShape, ...], N: int) -> bool:
     """Whether the last pivot is cheaper in its many-class form: where its dense form would dominate the sweep."""
     rest = sum(sum(layer_operations(shapes, index, N)) for index in range(len(shapes) - 1))
     dense, many = (sum(layer_operations(shapes, len(shapes) - 1, N, form)) for form in (False, True))
@@ -117,7 +121,8 @@ def num_scaled_outputs(shapes: Sequence[LayerShape]) -> int:
     return shapes[-1].a - shapes[-1].zero_sum
 
 
-def count_operations(shapes: Sequence[LayerShape], N: int, gauss_newton: bool = False) -> dict[str, float]:
+@_cached
+def count_operations(shapes: tuple[LayerShape, ...], N: int, gauss_newton: bool = False) -> Mapping[str, float]:
     """Floating-point operations of each route's factorization, to leading order."""
     many, P = prefers_many_classes(shapes, N), num_parameters(shapes)
     operations = {
@@ -131,7 +136,7 @@ def count_operations(shapes: Sequence[LayerShape], N: int, gauss_newton: bool = 
         jacobian = sum(2 * n * x.a * x.width for x in shapes[1:])
         operations["gram"] = 2 * n * n * sum(x.a for x in shapes) + jacobian + factor_operations(n)
         operations["gram"] += 2 * N * N * sum(x.d for x in shapes)  # z̃z̃ᵀ
-    return {route: count + derivatives for route, count in operations.items()}
+    return MappingProxyType({route: count + derivatives for route, count in operations.items()})
 
 
 def _solve_operations(shapes: Sequence[LayerShape], N: int, route: str) -> float:
@@ -192,17 +197,19 @@ def _sweep_numbers(shapes: Sequence[LayerShape], N: int, keep: str, checkpoint: 
     )
 
 
+@_cached
 def route_costs(
-    shapes: Sequence[LayerShape],
+    shapes: tuple[LayerShape, ...],
     N: int,
     *,
     curvature: str = "hessian",
     precision: str = "float64",
     keep: str = "solve",
     checkpoint_layers: bool = False,
-) -> dict[str, RouteCost]:
+) -> Mapping[str, RouteCost]:
     P, operations = num_parameters(shapes), count_operations(shapes, N, curvature == "gauss_newton")
     derivatives = sum(x.a * x.width + N * x.d + 3 * N * x.a + min(N, x.d) * (N + x.d) for x in shapes)
+    derivatives += sum(x.width**2 for x in shapes[1:] if N < x.d)
     bytes_ = {
         "sweep": 8 * derivatives
         + (4 if precision == "mixed" else 8) * _sweep_numbers(shapes, N, keep, checkpoint_layers)
@@ -212,9 +219,9 @@ def route_costs(
     if "gram" in operations:
         n = N * num_scaled_outputs(shapes)
         bytes_["gram"] = 8 * (derivatives + 2 * n * n + 2 * n * sum(x.a for x in shapes))
-    return {
-        route: RouteCost(operations[route], _solve_operations(shapes, N, route), bytes_[route]) for route in operations
-    }
+    return MappingProxyType(
+        {r: RouteCost(operations[r], _solve_operations(shapes, N, r), bytes_[r]) for r in operations}
+    )
 
 
 def estimate_cost(
@@ -236,13 +243,15 @@ def estimate_cost(
     curvature = checked_curvature(curvature)
     if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer ≥ 1, got {batch_size!r}")
-    return route_costs(
-        shapes_of_model(model),
-        batch_size,
-        curvature=curvature,
-        precision=precision,
-        keep=keep,
-        checkpoint_layers=checkpoint_layers,
+    return dict(
+        route_costs(
+            shapes_of_model(model),
+            int(batch_size),
+            curvature=curvature,
+            precision=precision,
+            keep=keep,
+            checkpoint_layers=checkpoint_layers,
+        )
     )
 
 
@@ -268,7 +277,7 @@ def free_bytes(device: torch.device) -> float:
 
 
 def check_memory(
-    shapes: Sequence[LayerShape],
+    shapes: tuple[LayerShape, ...],
     N: int,
     route: str,
     device: torch.device,

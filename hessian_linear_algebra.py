@@ -187,7 +187,10 @@ class _Pivoted(NamedTuple):
     """Π G Πᵀ = L D Lᵀ by Bunch and Kaufman, V the eigenvectors of D's 2 × 2 blocks."""
 
     lower: np.ndarray  # (m, m) column-major, L below its diagonal of ones
-    values: np.ndarray  # (m,) eigenvalues of D
+    root: np.ndarray  # (m, 1) square roots of the sizes of D's eigenvalues
+    signs: np.ndarray  # (m, 1) their signs
+    num_negative: int
+    logabsdet: float
     first: np.ndarray  # first rows of the 2 × 2 blocks
     cosine: np.ndarray  # (p, 1) V's columns in block i are [cᵢ, −sᵢ] and [sᵢ, cᵢ]
     sine: np.ndarray
@@ -195,20 +198,18 @@ class _Pivoted(NamedTuple):
 
     def rotate(self, rows: np.ndarray, start: int, stop: int) -> None:
         """Vᵀ of rows start … stop, which split no 2 × 2 block, in place."""
-        inside = slice(*np.searchsorted(self.first, (start, stop)))
-        first = self.first[inside] - start
+        first, cosine, sine = self.first, self.cosine, self.sine
+        if stop - start < len(self.lower):
+            inside = slice(*np.searchsorted(first, (start, stop)))
+            first, cosine, sine = first[inside] - start, cosine[inside], sine[inside]
         if len(first) == 0:
             return
-        cosine, sine, second = self.cosine[inside], self.sine[inside], first + 1
+        second = first + 1
         for left in range(0, rows.shape[1], BLOCK):  # a few columns at a time, for the memory
             columns = rows[:, left : left + BLOCK]
             upper, lower = columns[first], columns[second]
             columns[first] = cosine * upper - sine * lower
             columns[second] = cosine * lower + sine * upper
-
-    def logabsdet(self) -> float:
-        size = np.abs(self.values)
-        return float(np.log(size).sum()) if size.all() else math.nan
 
 
 def _pivoted(G: np.ndarray) -> _Pivoted | None:
@@ -218,7 +219,7 @@ def _pivoted(G: np.ndarray) -> _Pivoted | None:
         return None
     D = packed.diagonal().copy()
     lower, below, _ = _lapack("syconv", G)(packed, pivots, lower=1, way=0, overwrite_a=1)
-    first = np.flatnonzero(pivots < 0)[::2]  # the negative pivots come in twos
+    first = (pivots < 0).nonzero()[0][::2]  # the negative pivots come in twos
     interchanges = np.abs(pivots) - 1
     interchanges[first] = first
     # Jacobi's rotation of each 2 × 2 block [[D_i, b], [b, D_{i+1}]], b ≠ 0: t = tan of its angle
@@ -228,8 +229,15 @@ def _pivoted(G: np.ndarray) -> _Pivoted | None:
     D[first] -= t * b
     D[second] += t * b
     cosine = (1 / np.hypot(t, 1.0))[:, None]
-    found = _Pivoted(lower, D, first, cosine, t[:, None] * cosine, interchanges)
-    return found if math.isfinite(found.logabsdet()) else None
+    size = np.abs(D)
+    if not size.all():
+        return None
+    logabsdet = float(np.log(size).sum())
+    if not math.isfinite(logabsdet):
+        return None
+    root, signs = np.sqrt(size)[:, None], np.copysign(1.0, D)[:, None]
+    sine, num_negative = t[:, None] * cosine, int(np.count_nonzero(D < 0))
+    return _Pivoted(lower, root, signs, num_negative, logabsdet, first, cosine, sine, interchanges)
 
 
 _FROM_RIGHT = dict(side=1, lower=1, trans_a=1, overwrite_b=1)  # a row-major matrix is to LAPACK its transpose
@@ -257,10 +265,9 @@ def _factor_block(block: Tensor, definite_only: bool, definite_first: bool) -> _
     inverse = _lapack("laswp", G)(inverse, found.interchanges, inc=-1, overwrite_a=1)
     inverse = _lapack("trsm", G)(1.0, found.lower, inverse, diag=1, **_FROM_RIGHT).T
     found.rotate(inverse, 0, len(G))
-    inverse /= np.sqrt(np.abs(found.values))[:, None]
-    signs = torch.from_numpy(np.sign(found.values)[:, None]).to(block.device)
-    num_negative = int((found.values < 0).sum())
-    return _Block(torch.from_numpy(inverse).to(block.device), signs, num_negative, found.logabsdet())
+    inverse /= found.root
+    inverse, signs = (torch.from_numpy(x).to(block.device) for x in (inverse, found.signs))
+    return _Block(inverse, signs, found.num_negative, found.logabsdet)
 
 
 def _factor_rest(rest: Tensor) -> SymmetricFactor | None:
@@ -269,7 +276,7 @@ def _factor_rest(rest: Tensor) -> SymmetricFactor | None:
     found = _pivoted(G)
     if found is None:
         return None
-    m, root = len(G), np.sqrt(np.abs(found.values))[:, None]
+    m, root = len(G), found.root
     rows, edges = found.lower.T, [0]  # Lᵀ, row-major, of which what is right of the diagonal blocks will be read
     inverses = []
     while edges[-1] < m:
@@ -285,8 +292,8 @@ def _factor_rest(rest: Tensor) -> SymmetricFactor | None:
     for start, stop, inverse in zip(edges, edges[1:], inverses, strict=False):
         rows[start:stop, start:stop] = inverse
     order = _lapack("laswp", G)(np.arange(m, dtype=G.dtype)[:, None], found.interchanges, overwrite_a=1)[:, 0]
-    matrix, order, signs = (torch.from_numpy(x).to(rest.device) for x in (rows, order, np.sign(found.values)[:, None]))
-    return SymmetricFactor(matrix, edges, order.long(), signs, int((found.values < 0).sum()), found.logabsdet())
+    matrix, order, signs = (torch.from_numpy(x).to(rest.device) for x in (rows, order, found.signs))
+    return SymmetricFactor(matrix, edges, order.long(), signs, found.num_negative, found.logabsdet)
 
 
 def subtract_gram(P: Tensor, W: Tensor, signs: Tensor | None) -> None:

@@ -23,8 +23,7 @@ References: Levenberg (1944), Marquardt (1963); Tassa, Erez & Todorov (2012), da
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from numbers import Integral
 from typing import NamedTuple
@@ -46,7 +45,7 @@ from hessian import (
     _modified,
 )
 from hessian_checks import checked_nonnegative
-from hessian_costs import LayerShape, count_operations, factor_operations, route_costs, shapes_of_layers
+from hessian_costs import count_operations, factor_operations, route_costs, shapes_of_layers
 from hessian_gram import DampedSystem, GramSystem, count_gram_operations
 from newton_trust_region import TrustRegionStep, _trust_region, trust_region_step
 
@@ -855,19 +854,13 @@ def _step_cost(model: DeepMLPWithTracking, group: dict, batch_size: int, num_dam
     return StepCost(route, tries, operations, traffic, batch + 8 * P * kept_vectors + alive)
 
 
-def _operations(layers: Sequence[LayerDerivatives]) -> dict[str, float]:
+def _operations(layers: Sequence[LayerDerivatives]) -> Mapping[str, float]:
     """Of a factorization of the curvature by each route of hessian.py, 'gram' apart."""
-    return _counted(tuple(shapes_of_layers(layers)), len(layers[0].inputs))[0]
+    return count_operations(shapes_of_layers(layers), len(layers[0].inputs))
 
 
 def _sweep_bytes(layers: Sequence[LayerDerivatives]) -> float:
-    return _counted(tuple(shapes_of_layers(layers)), len(layers[0].inputs))[1]
-
-
-@lru_cache(maxsize=16)  # a step asks for the same more than once, and so does the next one
-def _counted(shapes: tuple[LayerShape, ...], N: int) -> tuple[dict[str, float], float]:
-    """Operations by route, and bytes of the sweep."""
-    return count_operations(shapes, N), route_costs(shapes, N)["sweep"].bytes
+    return route_costs(shapes_of_layers(layers), len(layers[0].inputs))["sweep"].bytes
 
 
 def _definite_factorization(
