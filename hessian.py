@@ -1167,11 +1167,12 @@ class HessianFactorization:
     def solve(self, v: Tensor, *, rtol: float | None = 1e-8) -> Tensor:
         """x with (H + εI) x = v, for v of shape (P,) or (P, k), float32 or float64; x has v's dtype, no graph.
 
-        Refined until the residual stops falling, or with a float32 factor meets rtol. Each column then has ‖(H + εI)x − v‖ ≤ rtol ‖v‖, by an exact
-        product in float64, before x is rounded to v's dtype; or SingularHessianError is raised, with the residual
-        reached, and an rtol and (where two trials find one) a damping that will do. rtol=None: one direct sweep, no
-        product, nothing checked (and to float32's digits only, where precision is 'mixed'). Cost: O(Σ m² + m n′) a
-        column and a sweep, two or three sweeps as a rule; with checkpoint_layers, two factorizations a sweep.
+        Refined until the residual stops falling, or with a float32 factor meets rtol. Each column then has
+        ‖(H + εI)x − v‖ ≤ rtol ‖v‖, by an exact product in float64, before x is rounded to v's dtype; or
+        SingularHessianError is raised, with the residual reached, and an rtol and (where two trials find one) a damping
+        that will do. rtol=None: one direct sweep, no product, nothing checked (and to float32's digits only, where
+        precision is 'mixed'). Cost: O(Σ m² + m n′) a column and a sweep, two or three sweeps as a rule; with
+        checkpoint_layers, two factorizations a sweep.
         """
         columns = checked_vector(v, self.num_parameters, self._layers[0].weight.device)
         if self._factor is None:
@@ -1179,7 +1180,7 @@ class HessianFactorization:
         if rtol is None:
             return self._direct(columns).reshape(v.shape).to(v.dtype)
         rtol = checked_rtol(rtol)
-        # a step on a float32 factor adds few digits, and takes as long as on a float64 one: no more of them than asked for
+        # a step on a float32 factor adds few digits: no more of them than asked for
         x, residual = self._refined(columns, rtol, target=rtol if self.precision == "mixed" else 0.0)
         if bool((residual <= rtol).all()):
             return x.reshape(v.shape).to(v.dtype)

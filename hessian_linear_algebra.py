@@ -212,16 +212,54 @@ class _Pivoted(NamedTuple):
             columns[second] = cosine * lower + sine * upper
 
 
+def _block_edges(m: int, first: np.ndarray) -> list[int]:
+    """Of blocks of BLOCK rows, none of which splits a 2 × 2 block."""
+    edges = [0]
+    while edges[-1] < m:
+        stop = min(edges[-1] + BLOCK, m)
+        edges.append(stop + bool((first == stop - 1).any()))
+    return edges
+
+
+def _converted(packed: np.ndarray, first: np.ndarray, interchanges: np.ndarray) -> np.ndarray:
+    """Turn what sytrf left into L, in place, and return what is below D's diagonal: LAPACK's syconv. That swaps whole
+    rows, one after the other, which takes half of the factorization's time where columns are contiguous: here a row is
+    swapped in its own block of columns, and those of the blocks before are gathered once."""
+    rows, m = packed.T, len(packed)  # of Lᵀ
+    below = np.zeros(m, rows.dtype)
+    below[first] = rows[first, first + 1]
+    rows[first, first + 1] = 0
+    swaps, left = interchanges.tolist(), np.arange(m)
+    left[first + 1] -= 1  # the columns left of row i's pivot, which its swap moves
+    left, edges, order = left.tolist(), _block_edges(m, first), np.arange(m)
+    for start, stop in zip(edges[-2::-1], edges[:0:-1], strict=True):
+        swapped = np.arange(m)
+        for i in range(start, stop):
+            j = swaps[i]
+            if j != i:
+                block = rows[start : left[i]]
+                kept = block[:, i].copy()
+                block[:, i] = block[:, j]
+                block[:, j] = kept
+                swapped[i], swapped[j] = swapped[j], swapped[i]
+        rows[start:stop, stop:] = rows[start:stop].take(order[stop:], 1)
+        order = swapped[order]
+    return below
+
+
 def _pivoted(G: np.ndarray) -> _Pivoted | None:
     """None where a pivot is exactly zero, or not finite."""
     packed, pivots, info = _lapack("sytrf", G)(G.copy().T, lower=1, lwork=64 * len(G), overwrite_a=1)
     if info != 0:
         return None
     D = packed.diagonal().copy()
-    lower, below, _ = _lapack("syconv", G)(packed, pivots, lower=1, way=0, overwrite_a=1)
     first = (pivots < 0).nonzero()[0][::2]  # the negative pivots come in twos
     interchanges = np.abs(pivots) - 1
     interchanges[first] = first
+    if len(G) <= BLOCK:
+        lower, below, _ = _lapack("syconv", G)(packed, pivots, lower=1, way=0, overwrite_a=1)
+    else:
+        lower, below = packed, _converted(packed, first, interchanges)
     # Jacobi's rotation of each 2 × 2 block [[D_i, b], [b, D_{i+1}]], b ≠ 0: t = tan of its angle
     second, b = first + 1, below[first]
     tau = (D[second] - D[first]) / (2 * b)
@@ -277,16 +315,13 @@ def _factor_rest(rest: Tensor) -> SymmetricFactor | None:
     if found is None:
         return None
     m, root = len(G), found.root
-    rows, edges = found.lower.T, [0]  # Lᵀ, row-major, of which what is right of the diagonal blocks will be read
-    inverses = []
-    while edges[-1] < m:
-        start, stop = edges[-1], min(edges[-1] + BLOCK, m)
-        stop += bool(np.isin(stop - 1, found.first))  # a 2 × 2 block is not split
+    rows = found.lower.T  # Lᵀ, row-major, of which what is right of the diagonal blocks will be read
+    edges, inverses = _block_edges(m, found.first), []
+    for start, stop in zip(edges, edges[1:], strict=False):
         lower, inverse = found.lower[start:stop, start:stop], np.eye(stop - start, dtype=G.dtype).T
         inverse = _lapack("trsm", G)(1.0, lower, inverse, diag=1, **_FROM_RIGHT).T
         found.rotate(inverse, start, stop)
         inverses.append(inverse / root[start:stop])
-        edges.append(stop)
     found.rotate(rows, 0, m)
     rows *= root
     for start, stop, inverse in zip(edges, edges[1:], inverses, strict=False):
