@@ -343,12 +343,14 @@ def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivati
     # forward: z̃, h
     z, targets = model._tracked.inputs.to(torch.float64), model._tracked.targets
     weights, inputs, pre_activations, ones = [], [], [], z.new_ones(len(z), 1)
+    last = len(model.layers) - 1
     for index, linear in enumerate(model.layers):
-        weights.append(linear.weight.to(torch.float64, copy=True))
-        inputs.append(z.clone() if linear.bias is None else torch.cat([z, ones], 1))  # (N, d)
-        h = F.linear(z, weights[-1], None if linear.bias is None else linear.bias.to(torch.float64))  # (N, a)
+        weight, bias = linear.weight.to(torch.float64, copy=True), linear.bias
+        weights.append(weight)
+        inputs.append(z.clone() if bias is None else torch.cat([z, ones], 1))  # (N, d)
+        h = F.linear(z, weight, None if bias is None else bias.to(torch.float64))  # (N, a)
         pre_activations.append(h)
-        if index + 1 < len(model.layers):
+        if index < last:
             z = model.activate(index, h, z)
     check_loss(model, h)
     # the loss in the logits: λ_L and Λ
@@ -369,14 +371,25 @@ def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivati
     # backward: β_{ℓ-1} = λ_ℓ W_ℓ + σ_ℓ β_ℓ
     layers = [LayerDerivatives(weights[-1], inputs[-1], torch.ones_like(h), torch.zeros_like(h), adjoint, 0.0, output)]
     beta = adjoint @ weights[-1]
-    for index in range(len(model.layers) - 2, -1, -1):
-        first, second = model.activation_derivatives(index, pre_activations[index])
+    derivatives = _activation_derivatives(model, pre_activations[:-1])
+    for index in range(last - 1, -1, -1):
+        first, second = derivatives[index]
         layer = LayerDerivatives(
             weights[index], inputs[index], first, beta * second, beta * first, model.skips[index], None
         )
         beta = _with_skip(layer.skip, layer.adjoint @ layer.weight, beta)
         layers.append(layer)
     return tuple(reversed(layers))
+
+
+def _activation_derivatives(model: DeepMLPWithTracking, h: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """φ′ and φ″ of each hidden layer; where one φ serves them all, those of one shape at once."""
+    if type(model).activation_derivatives is not DeepMLPWithTracking.activation_derivatives:
+        return [model.activation_derivatives(index, h) for index, h in enumerate(h)]
+    found = []
+    for _, group in groupby(h, key=lambda h: h.shape):
+        found += zip(*model.activation_derivatives(0, torch.stack(list(group))), strict=True)
+    return found
 
 
 def _checked_derivatives(model: DeepMLPWithTracking, loss: Tensor) -> tuple[LayerDerivatives, ...]:
@@ -628,7 +641,7 @@ class _DensePivot(NamedTuple):
 
     def forward(self, white: Tensor, t: Tensor | None, carried: _Carried | None, w: Tensor | None) -> Tensor:
         """−G⁻¹(q + B t) for t (k, n′), given what was carried, w (k, k₁)."""
-        e = -white if t is None else -(white + self.factor.sign(t @ self.coupling.mT))
+        e = -white if t is None else self.factor.sign(t @ self.coupling.mT).add_(white).neg_()
         if carried is not None:
             e[:, carried.rows] = carried.root * w
         return self.factor.unwhiten_vectors(e)
@@ -641,19 +654,31 @@ class _Pivot(NamedTuple):
     carried: _Carried | None
 
 
-class _Scratch:
-    """Memory for temporaries, one at a time, used again in every layer: the allocator would return it in pieces."""
+class _Memory:
+    """Memory that is used again in every layer: the C library's allocator would leave holes that nothing fits.
 
-    def __init__(self):
-        self._memory: Tensor | None = None
+    For temporaries, one at a time; and for pivots, where no more than the last `alive` of them are needed. None: each
+    pivot is kept, in memory of its own.
+    """
 
-    def __call__(self, like: Tensor, *shape: int) -> Tensor:
+    def __init__(self, alive: int | None = None):
+        self._alive = alive
+        self._slots: dict[tuple, Tensor] = {}
+
+    def temporary(self, like: Tensor, *shape: int) -> Tensor:
         """An uninitialized tensor that is valid until the next call."""
+        return self._slot((), like, shape)
+
+    def pivot(self, name: str, index: int, like: Tensor, *shape: int) -> Tensor:
+        """An uninitialized tensor that is valid until as many layers from layer `index` as pivots are alive."""
+        return like.new_empty(shape) if self._alive is None else self._slot((name, index % self._alive), like, shape)
+
+    def _slot(self, key: tuple, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         size = math.prod(shape)
-        if self._memory is None or self._memory.numel() < size:
-            self._memory = None  # freed before the larger one is made
-            self._memory = like.new_empty(size)
-        return self._memory[:size].view(shape)
+        if key not in self._slots or self._slots[key].numel() < size:
+            self._slots.pop(key, None)  # freed before the larger one is made
+            self._slots[key] = like.new_empty(size)
+        return self._slots[key][:size].view(shape)
 
 
 class _Count(NamedTuple):
@@ -671,7 +696,7 @@ def _eliminate_layer(
     above: _CostToGo | None,
     many_classes: bool,
     definite_only: bool,
-    scratch: _Scratch,
+    memory: _Memory,
 ) -> tuple[_Pivot, _Count, _CostToGo | None]:
     """One step of the backward sweep: the pivot of layer `index`, what it counts, and the cost-to-go below it.
 
@@ -694,7 +719,7 @@ def _eliminate_layer(
             P = _output_cost_to_go(layer)
             solver.reduce(P)
     else:
-        G, B, P = _form_pivot(layer, reduced, epsilon, above, scratch, first=index == 0)
+        G, B, P = _form_pivot(layer, reduced, epsilon, above, memory, index)
         factor = factor_symmetric(G, epsilon, definite_only=definite_only, definite_first=definite)
         if factor is None and definite_only:
             raise _Indefinite(index)
@@ -754,10 +779,10 @@ def _carry(
         return None, None, None
     bound = _GROWTH * scale
     width = layer.weight.shape[1]
-    length = torch.linalg.vector_norm(W, dim=1)
     carries_outside = reduced.basis is not None and norm > math.sqrt(bound * abs(epsilon))
-    if not carries_outside and float(length.max()) <= math.sqrt(bound):
-        return None, None, None
+    if not carries_outside and float(torch.linalg.vector_norm(W)) <= math.sqrt(bound):
+        return None, None, None  # no row of W is longer than all of it
+    length = torch.linalg.vector_norm(W, dim=1)
     rows = (length > math.sqrt(bound)).nonzero()[:, 0]
     left = outside = None
     if carries_outside:
@@ -808,15 +833,15 @@ def _form_pivot(
     reduced: _Reduced,
     epsilon: float,
     above: _CostToGo | None,
-    scratch: _Scratch,
-    first: bool,
+    memory: _Memory,
+    index: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """G, B, and the cost-to-go before layer ℓ's parameters are eliminated, TᵀPT + AᵀDA; that above is overwritten.
 
     Row (q, i) of G and B is entry Y[i, q], after them come those of w; row (b, i) of P and K is entry [b, i] of t_ℓ.
     Layer 1 needs only G.
     """
-    R = reduced.rows
+    R, first = reduced.rows, index == 0
     (a, width), (N, r) = layer.weight.shape, R.shape
     W, n, n_below = layer.weight, N * a, N * width
     if layer.output is not None:
@@ -836,12 +861,13 @@ def _form_pivot(
         else:
             K = P.mul_(slope[:, None]).mul_(slope)
         K.diagonal().add_(layer.curvature.flatten())
-        JK = torch.mm(R.mT, K.view(N, a * n), out=scratch(K, r, a * n))
-        G = torch.bmm(R.mT.expand(r * a, r, N), JK.view(r * a, N, a)).view(r * a, r * a)
+        JK = torch.mm(R.mT, K.view(N, a * n), out=memory.temporary(K, r, a * n))
+        G = memory.pivot("G", index, K, r * a, r * a)
+        torch.bmm(R.mT.expand(r * a, r, N), JK.view(r * a, N, a), out=G.view(r * a, r, a))
         G.diagonal().add_(epsilon)
         B = None
         if not first:
-            KA = torch.mm(K.view(n * N, a), W, out=scratch(K, n * N, width)).view(n, n_below)
+            KA = torch.mm(K.view(n * N, a), W, out=memory.temporary(K, n * N, width)).view(n, n_below)
             # where that fits, in the memory of K, which is done with
             below = K if n_below == n and not layer.skip else K.new_empty(n_below, n_below)
             torch.bmm(W.mT.expand(N, width, a), KA.view(N, a, n_below), out=below.view(N, width, n_below))
@@ -850,7 +876,8 @@ def _form_pivot(
                 below += layer.skip * (cross + cross.mT)
                 below.add_(P, alpha=layer.skip**2)
                 KA.add_(slope_P, alpha=layer.skip)
-            P, B = below, (R.mT @ KA.view(N, a * n_below)).view(r * a, n_below)
+            P, B = below, memory.pivot("B", index, K, r * a, n_below)
+            torch.mm(R.mT, KA.view(N, a * n_below), out=B.view(r, a * n_below))
         if above.coupling is not None:
             G, B = _with_carried(layer, R, above, G, B)
         if first:
@@ -908,18 +935,19 @@ class _Sweep:
         self._length = math.isqrt(len(layers) - 1) + 1 if checkpoint else len(layers)  # of a segment
         self._segments: dict[int, _CostToGo | None] = {}  # highest layer of each: the cost-to-go above it
         self._pivots: list[_Pivot] | None = [] if solvable and not checkpoint else None  # last layer first
-        negative, logabsdet, above, scratch = 0, 0.0, None, _Scratch()
+        negative, logabsdet, above = 0, 0.0, None
+        memory = _Memory(None if self._pivots is not None else 1)
         for index in range(len(layers) - 1, -1, -1):
             if checkpoint and (len(layers) - 1 - index) % self._length == 0:
                 self._segments[index] = _copied(above)
-            pivot, count, above = self._eliminate(index, above, scratch, definite_only)
+            pivot, count, above = self._eliminate(index, above, memory, definite_only)
             if self._pivots is not None:
                 self._pivots.append(pivot)
             del pivot  # or it would live on while the next one is made
             negative, logabsdet = negative + count.negative, logabsdet + count.logabsdet
         self.num_negative, self.logabsdet = negative, logabsdet
 
-    def _eliminate(self, index: int, above: _CostToGo | None, scratch: _Scratch, definite_only: bool = False):
+    def _eliminate(self, index: int, above: _CostToGo | None, memory: _Memory, definite_only: bool = False):
         return _eliminate_layer(
             self.layers,
             index,
@@ -928,7 +956,7 @@ class _Sweep:
             above,
             self._many_classes,
             definite_only,
-            scratch,
+            memory,
         )
 
     def solve(self, v: Tensor) -> Tensor:
@@ -941,24 +969,23 @@ class _Sweep:
         """The pivots, last layer first."""
         if self._pivots is not None:
             yield from self._pivots
+        memory = _Memory(1)
         for top in self._segments:
-            yield from self._segment(top)
+            yield from self._segment(top, memory)
 
     def upward(self) -> Iterator[_Pivot]:
         """The pivots, first layer first."""
         if self._pivots is not None:
             yield from reversed(self._pivots)
+        memory = _Memory(self._length)
         for top in reversed(self._segments):
-            pivots = list(self._segment(top))
-            while pivots:
-                yield pivots.pop()
+            yield from reversed(list(self._segment(top, memory)))
 
-    def _segment(self, top: int) -> Iterator[_Pivot]:
-        above, scratch = _copied(self._segments[top]), _Scratch()
+    def _segment(self, top: int, memory: _Memory) -> Iterator[_Pivot]:
+        above = _copied(self._segments[top])
         for index in range(top, max(top - self._length, -1), -1):
-            pivot, _, above = self._eliminate(index, above, scratch)
+            pivot, _, above = self._eliminate(index, above, memory)
             yield pivot
-            del pivot
 
 
 def _copied(above: _CostToGo | None) -> _CostToGo | None:

@@ -188,11 +188,9 @@ def _sweep_numbers(shapes: Sequence[LayerShape], N: int, keep: str, checkpoint: 
     tops = list(reversed(layers))[::length]
     boundaries = sum((N * shapes[top].a) ** 2 for top in tops if top != last)
     segments = [range(max(top - length + 1, 0), top + 1) for top in tops]
-    # a segment is recomputed from a copy, while the sweep still holds the last pivot of the one before
-    held = max(kept(index) + (N * shapes[index].a) ** 2 for index in layers)
     return (
         boundaries
-        + held
+        + max((N * shapes[top].a) ** 2 for top in tops)  # a segment is recomputed from a copy
         + max(max(sum(kept(j) for j in segment if j >= i) + work(i) for i in segment) for segment in segments)
     )
 

@@ -93,14 +93,15 @@ def state_weights(layers: Sequence[LayerDerivatives]) -> list[Tensor]:
 
     Ω_{ℓ,b} = I + φ′Π_ℓ φ′,   Π_{ℓ-1} = WᵀΩ_ℓ W + σ (Wᵀφ′Π_ℓ + Π_ℓ φ′W) + σ²Π_ℓ,   Π_{L-1} = 0,   W = W_ℓ
     """
-    Omega, Pi = [], None
+    Omega, Pi, eye = [], None, layers[0].slope.new_empty(0, 0)
     for index, layer in reversed(list(enumerate(layers[:-1]))):
         N, a = layer.slope.shape
+        if len(eye) != a:
+            eye = torch.eye(a, dtype=layer.slope.dtype, device=layer.slope.device)
         if Pi is None:
-            weight = torch.eye(a, dtype=layer.slope.dtype, device=layer.slope.device).expand(N, a, a)
+            weight = eye.expand(N, a, a)
         else:
             slope_Pi = layer.slope[:, :, None] * Pi
-            eye = torch.eye(a, dtype=Pi.dtype, device=Pi.device)
             weight = torch.addcmul(eye, slope_Pi, layer.slope[:, None, :])
         Omega.append(weight.mean(0))
         if index == 0:
@@ -193,7 +194,9 @@ class DampedSystem(NamedTuple):
         """D⁻¹ Jᵀ y (P,) for y (K N,)."""
         pieces = []
         for group in self.groups:
-            weighted = (group.outputs * y).unflatten(2, self.shape).sum(2)  # (g, a, N)
+            weighted = group.outputs * y  # (g, a, K N)
+            if self.shape[0] > 1:
+                weighted = weighted.unflatten(2, self.shape).sum(2)  # (g, a, N)
             pieces.append(group.flatten(group.unwhiten(weighted @ group.inputs)))
         return torch.cat(pieces)
 

@@ -303,7 +303,7 @@ def _factor_block(block: Tensor, definite_only: bool, definite_first: bool) -> _
     inverse = _lapack("laswp", G)(inverse, found.interchanges, inc=-1, overwrite_a=1)
     inverse = _lapack("trsm", G)(1.0, found.lower, inverse, diag=1, **_FROM_RIGHT).T
     found.rotate(inverse, 0, len(G))
-    inverse /= found.root
+    inverse *= 1 / found.root
     inverse, signs = (torch.from_numpy(x).to(block.device) for x in (inverse, found.signs))
     return _Block(inverse, signs, found.num_negative, found.logabsdet)
 
