@@ -148,7 +148,7 @@ Damping = float | tuple[float, ...]
 
 _REFINED_NUMBERS = 2**23  # right-hand sides are refined together up to this many numbers
 # of the trial solve that decides whether a float32 factor will do: its residual, and in how many steps
-_PROBE_RTOL, _PROBE_STEPS = 1e-10, 8
+_PROBE_RTOL, _PROBE_STEPS = 1e-8, 8
 _TINY = 1e-30  # keeps 0/0 out
 _GROWTH = 1e4  # a pivot that would add more than so many times the cost-to-go's natural size to it is carried
 _DENSE_TRIAL = 3000  # a failed solve tries the dense route for its error message up to this many parameters
