@@ -108,6 +108,7 @@ from hessian_costs import (
     shapes_of_layers,
 )
 from hessian_linear_algebra import (
+    BLOCK,
     NULL,
     UNIT_ROUNDOFF,
     MinimumNorm,
@@ -246,7 +247,8 @@ class DeepMLPWithTracking(nn.Module):
         return _with_skip(self.skips[index], ACTIVATIONS[self.activation].value(h), z)
 
     def activation_derivatives(self, index: int, h: Tensor) -> tuple[Tensor, Tensor]:
-        """First and second derivative of `activate` in h, elementwise, (N, a) each, in the dtype of h."""
+        """First and second derivative of `activate` in h, elementwise, in the shape and dtype of h: (N, a); without an
+        override, one call may serve several layers of one shape."""
         return ACTIVATIONS[self.activation].derivatives(h)
 
     def forward(self, x: Tensor, targets: Tensor | None = None, track_activations: bool = False) -> Tensor:
@@ -323,6 +325,8 @@ class LayerDerivatives(NamedTuple):
     adjoint: Tensor  # (N, a)  λ = β φ′(h) = ∂loss/∂h
     skip: float  # σ
     output: OutputHessian | None  # Λ in the output layer, else None
+    # (a, a) Ω, in a hidden layer: the form has another term, Σ_b uᵀΩ u, u = X z̃_b (newton.py; unknown to route 'gram')
+    penalty: Tensor | None = None
 
 
 @torch.no_grad()
@@ -384,10 +388,10 @@ def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivati
 
 def _activation_derivatives(model: DeepMLPWithTracking, h: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """φ′ and φ″ of each hidden layer; where one φ serves them all, those of one shape at once."""
-    if type(model).activation_derivatives is not DeepMLPWithTracking.activation_derivatives:
-        return [model.activation_derivatives(index, h) for index, h in enumerate(h)]
+    if getattr(model.activation_derivatives, "__func__", None) is not DeepMLPWithTracking.activation_derivatives:
+        return [model.activation_derivatives(index, x) for index, x in enumerate(h)]
     found = []
-    for _, group in groupby(h, key=lambda h: h.shape):
+    for _, group in groupby(h, key=lambda x: x.shape):
         found += zip(*model.activation_derivatives(0, torch.stack(list(group))), strict=True)
     return found
 
@@ -478,7 +482,10 @@ def _product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
             delta_lambda = layer.output.apply(s)
         else:
             delta_lambda = layer.slope * delta_beta + layer.curvature * s
-        product = delta_lambda.mT @ layer.inputs
+        change = delta_lambda
+        if layer.penalty is not None:
+            change = change + (layer.inputs @ block.mT) @ layer.penalty
+        product = change.mT @ layer.inputs
         if t is not None:
             product[:, :, :width] += layer.adjoint.mT @ t
             back = delta_lambda @ layer.weight + layer.adjoint @ block[:, :, :width]
@@ -526,7 +533,7 @@ class _Reduced(NamedTuple):
 
     basis: Tensor | None  # (d, r) Q
     rows: Tensor  # (N, r) R
-    outside: Tensor | None  # (a′, a′) I − QQᵀ without the bias; None in layer 1
+    outside: Tensor | None  # (a′, a′) I − QQᵀ without the bias; None where Q is, or where layer 1 is the only such one
 
 
 class _Formed(NamedTuple):
@@ -544,6 +551,7 @@ def _form(layers: Sequence[LayerDerivatives]) -> _Formed:
 
 
 def _reduced_inputs(layers: Sequence[LayerDerivatives]) -> list[_Reduced]:
+    """Of every layer; one batched QR for those of one shape."""
     reduced = []
     for members in _alike(layers):
         inputs = [layers[i].inputs for i in members]
@@ -670,7 +678,7 @@ class _Memory:
         return self._slot((), like, shape)
 
     def pivot(self, name: str, index: int, like: Tensor, *shape: int) -> Tensor:
-        """An uninitialized tensor that is valid until as many layers from layer `index` as pivots are alive."""
+        """An uninitialized tensor for layer `index`, valid until it is asked for `alive` layers further down."""
         return like.new_empty(shape) if self._alive is None else self._slot((name, index % self._alive), like, shape)
 
     def _slot(self, key: tuple, like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -865,6 +873,8 @@ def _form_pivot(
         G = memory.pivot("G", index, K, r * a, r * a)
         torch.bmm(R.mT.expand(r * a, r, N), JK.view(r * a, N, a), out=G.view(r * a, r, a))
         G.diagonal().add_(epsilon)
+        if layer.penalty is not None:
+            G.view(r, a, r, a).addcmul_((R.mT @ R)[:, None, :, None], layer.penalty[:, None, :])
         B = None
         if not first:
             KA = torch.mm(K.view(n * N, a), W, out=memory.temporary(K, n * N, width)).view(n, n_below)
@@ -876,7 +886,9 @@ def _form_pivot(
                 below += layer.skip * (cross + cross.mT)
                 below.add_(P, alpha=layer.skip**2)
                 KA.add_(slope_P, alpha=layer.skip)
-            P, B = below, memory.pivot("B", index, K, r * a, n_below)
+            # a small factor whitens it into new memory
+            B = memory.pivot("B", index, K, r * a, n_below) if r * a > BLOCK else K.new_empty(r * a, n_below)
+            P = below
             torch.mm(R.mT, KA.view(N, a * n_below), out=B.view(r, a * n_below))
         if above.coupling is not None:
             G, B = _with_carried(layer, R, above, G, B)
@@ -986,6 +998,7 @@ class _Sweep:
         for index in range(top, max(top - self._length, -1), -1):
             pivot, _, above = self._eliminate(index, above, memory)
             yield pivot
+            del pivot
 
 
 def _copied(above: _CostToGo | None) -> _CostToGo | None:
@@ -1075,6 +1088,7 @@ def _sweep_solve(sweep: _Sweep, v: Tensor) -> Tensor:
                 p_carried = torch.cat([p_carried, carried.of_perpendicular(V[index])], 1)
             below = torch.add(below, pull, alpha=1 / pivot.damping)
         p = below
+    pivot = carried = None  # its memory is used again
     Y, inputs, t, w = [], [], None, None
     parameters = {}  # of what was carried: index → carried, U Z Q⊥ᵀ's Z
     for index, (pivot, state) in enumerate(zip(sweep.upward(), reversed(states), strict=True)):
@@ -1207,8 +1221,7 @@ class HessianFactorization:
         if rtol is None:
             return self._direct(columns).reshape(v.shape).to(v.dtype)
         rtol = checked_rtol(rtol)
-        # a step on a float32 factor adds few digits: no more of them than asked for
-        x, residual = self._refined(columns, rtol, target=rtol if self.precision == "mixed" else 0.0)
+        x, residual = self._refined(columns, rtol)
         if bool((residual <= rtol).all()):
             return x.reshape(v.shape).to(v.dtype)
         worst, column = residual.max(0)
@@ -1248,6 +1261,8 @@ class HessianFactorization:
         return _product(self._layers, v) + _damping_vector(self._layers, self._epsilons) * v
 
     def _refined(self, v: Tensor, rtol: float, **limits) -> Refined:
+        # a step on a float32 factor adds few digits: no more of them than asked for
+        limits |= {"target": rtol if self.precision == "mixed" else 0.0}
         chunks = v.split(max(1, _REFINED_NUMBERS // len(v)), 1)  # refinement keeps up to 40 arrays of its columns
         parts = [refine(self._product, self._direct, chunk, rtol, **limits) for chunk in chunks]
         return Refined(*(torch.cat(pieces, -1) for pieces in zip(*parts, strict=True)))
@@ -1309,7 +1324,9 @@ def _damping_vector(layers: Sequence[LayerDerivatives], epsilons: Sequence[float
 
 def _in_float32(layer: LayerDerivatives) -> LayerDerivatives:
     output = layer.output and layer.output._replace(diagonal=layer.output.diagonal.float())
-    return layer._replace(output=output, **{f: getattr(layer, f).float() for f in LayerDerivatives._fields[:5]})
+    penalty = None if layer.penalty is None else layer.penalty.float()
+    tensors = {name: getattr(layer, name).float() for name in LayerDerivatives._fields[:5]}
+    return layer._replace(output=output, penalty=penalty, **tensors)
 
 
 def _factorize(

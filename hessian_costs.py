@@ -175,9 +175,15 @@ def _sweep_numbers(shapes: Sequence[LayerShape], N: int, keep: str, checkpoint: 
             return 2 * n * n + 3 * below**2 + scratch
         return n * n + scratch + (below**2 if below != n else 0)
 
+    def reused(alive: int) -> float:
+        """Of hidden layers' pivots, where the memory of so many is used again: each as large as the largest it held."""
+        m = [x.a * min(N, x.d) for x in shapes[:last]]
+        coupling = [rows * N * x.width if index else 0 for index, (rows, x) in enumerate(zip(m, shapes, strict=False))]
+        return sum(max(m[i::alive]) ** 2 + max(coupling[i::alive]) for i in range(min(alive, last)))
+
     layers = range(len(shapes))
     if keep == "inertia":
-        return max(kept(index) + work(index) for index in layers)
+        return max([kept(last) + work(last), *(reused(1) + work(index) for index in layers[:last])])
     if not checkpoint:
         suffix, peak = 0.0, 0.0
         for index in reversed(layers):
@@ -187,12 +193,8 @@ def _sweep_numbers(shapes: Sequence[LayerShape], N: int, keep: str, checkpoint: 
     length = int((len(shapes) - 1) ** 0.5) + 1
     tops = list(reversed(layers))[::length]
     boundaries = sum((N * shapes[top].a) ** 2 for top in tops if top != last)
-    segments = [range(max(top - length + 1, 0), top + 1) for top in tops]
-    return (
-        boundaries
-        + max((N * shapes[top].a) ** 2 for top in tops)  # a segment is recomputed from a copy
-        + max(max(sum(kept(j) for j in segment if j >= i) + work(i) for i in segment) for segment in segments)
-    )
+    copied = max((N * shapes[top].a) ** 2 for top in tops)  # a segment is recomputed from a copy
+    return boundaries + copied + kept(last) + reused(length) + max(map(work, layers))
 
 
 @_cached
@@ -207,10 +209,10 @@ def route_costs(
 ) -> Mapping[str, RouteCost]:
     P, operations = num_parameters(shapes), count_operations(shapes, N, curvature == "gauss_newton")
     derivatives = sum(x.a * x.width + N * x.d + 3 * N * x.a + min(N, x.d) * (N + x.d) for x in shapes)
-    derivatives += sum(x.width**2 for x in shapes[1:] if N < x.d)
+    outside = sum(x.width**2 for x in shapes[1:] if N < x.d)  # of the samples' span
     bytes_ = {
         "sweep": 8 * derivatives
-        + (4 if precision == "mixed" else 8) * _sweep_numbers(shapes, N, keep, checkpoint_layers)
+        + (4 if precision == "mixed" else 8) * (outside + _sweep_numbers(shapes, N, keep, checkpoint_layers))
         + (4 * derivatives if precision == "mixed" else 0),
         "dense": 8 * derivatives + 8 * P * P + max(8 * P * P, min(DENSE_CHUNK, 8 * P * (derivatives + P))),
     }

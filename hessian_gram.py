@@ -195,7 +195,7 @@ class DampedSystem(NamedTuple):
         pieces = []
         for group in self.groups:
             weighted = group.outputs * y  # (g, a, K N)
-            if self.shape[0] > 1:
+            if self.shape[0] != 1:
                 weighted = weighted.unflatten(2, self.shape).sum(2)  # (g, a, N)
             pieces.append(group.flatten(group.unwhiten(weighted @ group.inputs)))
         return torch.cat(pieces)

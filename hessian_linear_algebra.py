@@ -38,11 +38,11 @@ class SymmetricFactor(NamedTuple):
     logabsdet: float
 
     def whiten(self, B: Tensor) -> Tensor:
-        """F⁻¹ Π B for B (m, n), row-major, which may be overwritten."""
+        """F⁻¹ Π B for B (m, n), row-major, in its memory where there is more than one block."""
         if len(self.edges) == 2:
             return self.matrix @ B
         if self.order is not None:
-            B = B[self.order]
+            B.copy_(B[self.order])
         for start, stop in zip(self.edges, self.edges[1:], strict=False):
             rows = B[start:stop]
             if start:

@@ -46,7 +46,7 @@ from hessian import (
 )
 from hessian_checks import checked_nonnegative
 from hessian_costs import count_operations, factor_operations, route_costs, shapes_of_layers
-from hessian_gram import DampedSystem, GramSystem, count_gram_operations
+from hessian_gram import DampedSystem, GramSystem, count_gram_operations, state_weights
 from newton_trust_region import TrustRegionStep, _trust_region, trust_region_step
 
 __all__ = ["DampedNewton", "StepCost", "StepReport", "TrustRegionStep", "trust_region_step"]
@@ -476,6 +476,7 @@ class _Step:
         self.num_trials = 0
         self._gram: GramSystem | None = None
         self._dense: Tensor | None = None
+        self._Omega: list[Tensor] | None = None
 
     # ---------------------------------------------------------------------------------------------- the decision
 
@@ -757,16 +758,27 @@ class _Step:
             self._dense = _dense_hessian(self.curvature_layers, len(self.theta))
         return self._dense
 
+    def penalized(self, layers: tuple[LayerDerivatives, ...], damping: float) -> tuple[LayerDerivatives, ...]:
+        """λ Ω_ℓ ⊗ A_ℓ in each hidden layer, A_ℓ = z̃ᵀz̃/N: what the change of its weights alone does to all hidden
+        pre-activations."""
+        if self._Omega is None:
+            self._Omega = state_weights(self.curvature_layers)
+        scale = damping / len(layers[0].inputs)
+        hidden = (x._replace(penalty=scale * Omega) for x, Omega in zip(layers[:-1], self._Omega, strict=True))
+        return (*hidden, layers[-1])
+
     def exact_steps(self, curvature: str, dampings: Sequence[float]) -> _Candidates | None:
         """x by a factorization for each λ; left out where the matrix is not positive definite, or solved badly."""
         found = {}
         for damping in dampings:
             damping_left = 0.0 if damping <= _LEAST_DAMPING else damping
-            state_damping = damping_left if self.group["metric"] == "state" else 0.0
-            shift = damping_left * (self.group["metric_damping"] if state_damping else 1.0)
+            by_state = damping_left > 0 and self.group["metric"] == "state"
+            shift = damping_left * (self.group["metric_damping"] if by_state else 1.0)
             shift = max(shift + self.weight_decay, _FLOOR)
-            layers = _modified(self.curvature_layers, curvature, state_damping)
-            H = self.dense_hessian() if curvature == "hessian" and not state_damping else None
+            layers = _modified(self.curvature_layers, curvature, 0.0)
+            if by_state:
+                layers = self.penalized(layers, damping_left)
+            H = self.dense_hessian() if curvature == "hessian" and not by_state else None
             factorization = _definite_factorization(layers, shift, H)
             if factorization is None:
                 continue

@@ -639,11 +639,42 @@ def test_thirty_layers_are_fitted_in_a_few_steps():
     assert optimizer.report.objective < 1e-10
 
 
+@pytest.mark.parametrize("options", ({}, {"route": "gram"}, {"metric": "parameter"}, {"route": "sweep"}))
+def test_one_class(options):
+    """A loss of zero, whatever the weights: the L2 term is all that a step lowers."""
+    model = DeepMLPWithTracking(4, 5, 1, 2).double()
+    x, y = torch.ones(3, 4).double(), torch.zeros(3, dtype=torch.long)
+    optimizer = DampedNewton(model, weight_decay=0.1, **options)
+    before = 0.05 * parameters_of(model).square().sum()
+    for _ in range(3):
+        assert optimizer.step(closure_of(model, x, y)) == 0
+    assert 0.05 * parameters_of(model).square().sum() < 0.1 * before
+
+
+def measured_omega(model, index: int, z: Tensor) -> Tensor:
+    """Ω of hidden layer `index`, whose inputs are z, by reverse mode."""
+    h = model.layers[index](z).detach()
+
+    def above(h: Tensor) -> Tensor:
+        hidden, state = [h], z[0]
+        for j in range(index, len(model.layers) - 2):
+            state = model.activate(j, h, state)
+            h = model.layers[j + 1](state)
+            hidden.append(h)
+        return torch.cat(hidden)
+
+    jacobians = torch.stack([torch.func.jacrev(above)(row) for row in h])
+    return (jacobians.mT @ jacobians).mean(0)
+
+
 @pytest.mark.parametrize("curvature", ("gauss_newton", "hessian"))
 @pytest.mark.parametrize("metric", ("state", "parameter"))
-def test_sweep_steps_solve_their_system(metric, curvature):
-    """Against products: (G + cI + λρI + (λ/N) Σ S_ℓᵀS_ℓ) x = −g with metric='state', (G + cI + λI) x = −g without."""
-    case, c, damping, rho = Case((6, 4, 7), 9), 0.02, 30.0, 1e-2
+@pytest.mark.parametrize("batch", (3, 9))
+def test_sweep_steps_solve_their_system(batch, metric, curvature):
+    """Against products: (G + cI + λD) x = −g, D_ℓ = Ω_ℓ ⊗ A_ℓ + ρI in hidden layers with metric='state', else D = I.
+
+    Ω by reverse mode: the mean over samples of Σ_j (∂h_j/∂h_ℓ)ᵀ(∂h_j/∂h_ℓ), j ≥ ℓ hidden."""
+    case, c, damping, rho = Case((6, 4, 7), batch), 0.02, 30.0, 1e-2
     model, x, y = case.build()
     optimizer = DampedNewton(
         model, curvature=curvature, route="sweep", metric=metric, weight_decay=c, metric_damping=rho
@@ -652,9 +683,23 @@ def test_sweep_steps_solve_their_system(metric, curvature):
     step = _Step(optimizer, compute_layer_derivatives(model))
     candidates = step.exact_steps(curvature, [damping])
     found = candidates.steps[candidates.lengths.index(1.0)]
-    state = damping if metric == "state" else 0.0
-    product = hessian_vector_product(model, loss, found, curvature=curvature, state_damping=state)
-    product = product + (c + damping * (rho if state else 1.0)) * found
+    product = hessian_vector_product(model, loss, found, curvature=curvature)
+    product = product + (c + damping * (rho if metric == "state" else 1.0)) * found
+    if metric == "state":
+        penalties, start = [], 0
+        for index, linear in enumerate(model.layers):
+            a, d = len(linear.weight), linear.in_features + 1
+            X, start = found[start : start + a * d], start + a * d
+            X = torch.cat([X[: a * (d - 1)].view(a, d - 1), X[a * (d - 1) :].view(a, 1)], 1)
+            penalty = torch.zeros_like(X)
+            if index < len(model.layers) - 1:
+                z = x
+                for below in range(index):
+                    z = model.activate(below, model.layers[below](z), z)
+                A = torch.cat([z, torch.ones(len(z), 1)], 1)
+                penalty = damping * measured_omega(model, index, z) @ X @ (A.mT @ A / len(A))
+            penalties += [penalty[:, :-1].flatten(), penalty[:, -1]]
+        product = product + torch.cat(penalties).detach()
     g = objective_gradient(model, x, y, c)
     assert relative(product + g, g) < 1e-6
 
