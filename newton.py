@@ -46,7 +46,7 @@ from hessian import (
 )
 from hessian_checks import checked_nonnegative
 from hessian_costs import count_operations, factor_operations, route_costs, shapes_of_layers
-from hessian_gram import DampedSystem, GramSystem, count_gram_operations, state_weights
+from hessian_gram import DampedSystem, GramSystem, count_gram_operations, count_state_weights, state_weights
 from newton_trust_region import TrustRegionStep, _trust_region, trust_region_step
 
 __all__ = ["DampedNewton", "StepCost", "StepReport", "TrustRegionStep", "trust_region_step"]
@@ -68,8 +68,9 @@ _SEARCH = {
 _MEMORIES = (0.0, 0.8, 0.95)  # decays of the sums of earlier steps that the best trial is extended along
 _EXTENSIONS = (1.0, 3.0)  # times (1 − decay) of such a sum
 _SADDLE_LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)  # both ways along a direction of negative curvature
-_CLIMB = (1.0, 0.01)  # times λ, after a step that had to be shortened, and after one that went well at once
-_CLIMB_STATE = (3.0, 0.1)  # of Gauss–Newton steps by the sweeps' state metric, at all samples
+# times λ, after a step that had to be shortened, after one that took a larger λ, and after one that went well at once
+_CLIMB = (1.0, 0.1, 0.01)
+_CLIMB_STATE = (3.0, 1.0, 0.1)  # of Gauss–Newton steps by the sweeps with metric='state', at all samples
 _MAX_TRIALS = 12  # rounds of trials in a step
 _LEAST_DAMPING, _LARGEST_DAMPING = 1e-30, 1e16  # λ; at the least one none is left
 _FLOOR = 1e-10  # of the damping of parameters in factorizations, the L2 term included: H alone may be singular
@@ -307,13 +308,13 @@ class DampedNewton(torch.optim.Optimizer):
 
     curvature: 'gauss_newton' (JᵀΛJ), 'hessian' (the exact H), or 'auto': Gauss–Newton, and the exact Hessian where
     that gets slow at a minimum with a residual, and to leave saddles.
-    metric: what λ penalizes. 'parameter': ‖x‖². 'state': the change of all hidden pre-activations. 'auto': 'parameter'
-    for models of one input (curve fitting, where activations are nearly collinear), else 'state'.
+    metric: what λ penalizes. 'parameter': ‖x‖². 'state': the change of all hidden pre-activations that each layer's
+    part of x causes by itself, Ω_ℓ ⊗ A_ℓ (`hessian_gram.state_weights`; A_ℓ = z̃ᵀz̃/N). 'auto': 'parameter' for models of
+    one input (curve fitting, where activations are nearly collinear), else 'state'.
     route: of the Gauss–Newton system. 'gram': in N·C unknowns; 'sweep': layer by layer, as hessian.py does; 'auto': by
-    counted operations. Each solves its own system exactly, and with metric='state' these differ: the sweeps add
-    (λ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ, S_ℓx the joint first-order change of layer ℓ's pre-activations, and λρ I (λρ + c ≥ 1e-10);
-    the Gram route the Kronecker factors of what each layer's x alone causes downstream (`hessian_gram.GramSystem`).
-    ρ is `metric_damping`.
+    counted operations. Each solves its own system exactly, and with metric='state' these differ in how ρ,
+    `metric_damping`, goes in: D_ℓ = Ω_ℓ ⊗ A_ℓ + ρI in hidden layers, ρI in the last by the sweeps, and with the exact
+    Hessian (λρ + c ≥ 1e-10); by the Gram route it is in the Kronecker factors (`hessian_gram.GramSystem`).
     curvature_batch: k: G from k samples of the tracked batch, drawn anew each step from (seed, step); the gradient and
     the trial objectives are those of the whole batch. None: all samples.
     weight_decay: c of ½c‖θ‖² over all parameters, exactly: in f, g, the curvature and the trials. (SGD's weight_decay.)
@@ -614,14 +615,14 @@ class _Step:
         """One λ, where each costs a factorization: raised until f falls, lowered for the next step if all went well."""
         damping, best = self.state[key], None
         by_state = key == "damping" and self.group["metric"] == "state" and self.of_batch
-        shortened, at_once = _CLIMB_STATE if by_state else _CLIMB
+        shortened, raised, at_once = _CLIMB_STATE if by_state else _CLIMB
         for trial in range(_MAX_TRIALS):
             self.num_trials = trial + 1
             candidates = steps_at([damping])
             if candidates is not None:
                 best = self.best_of(candidates)
                 if best.value < self.before:
-                    factor = shortened if best.length < 1 else 0.1 if trial else at_once
+                    factor = shortened if best.length < 1 else raised if trial else at_once
                     self.state[key] = max(factor * damping, _LEAST_DAMPING)
                     return best
             damping *= 10 if trial < 3 else 100
@@ -855,6 +856,7 @@ def _step_cost(model: DeepMLPWithTracking, group: dict, batch_size: int, num_dam
         kept, solve = 8 * n * n + 2 * n * state, 8 * 4 * n * n + 3 * n * state
     elif route == "sweep":
         operations += counted[route] * tries / _SWEEP_RATE
+        operations += count_state_weights(layers) if group["metric"] == "state" else 0
         kept, solve = 0, _sweep_bytes(layers)
     else:
         formed_once = group["curvature"] == "hessian" and group["metric"] == "parameter"
