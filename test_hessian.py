@@ -756,6 +756,23 @@ def test_many_right_hand_sides():
     assert relative(f.solve(V, rtol=None) - X, X) <= 1e-9
 
 
+def test_activations_of_an_instance():
+    """Layers of one shape, each with a φ of its own that is set on the instance: H by double backward."""
+    model, x, y = Case((5, 5, 5), 4).build()
+
+    def derivatives(index: int, h: Tensor) -> tuple[Tensor, Tensor]:
+        t = torch.tanh((index + 1) * h)
+        return (index + 1) * (1 - t * t), -2 * (index + 1) ** 2 * t * (1 - t * t)
+
+    model.activate = lambda index, h, z: torch.tanh((index + 1) * h)
+    model.activation_derivatives = derivatives
+    loss = model(x, y, track_activations=True)
+    v = random_vector(num_parameters(model))
+    g = torch.cat([p.flatten() for p in torch.autograd.grad(loss, list(model.parameters()), create_graph=True)])
+    expected = torch.cat([p.flatten() for p in torch.autograd.grad(g @ v, list(model.parameters()))])
+    assert relative(hessian_vector_product(model, loss, v) - expected, expected) <= 1e-12
+
+
 def test_a_factorization_owns_what_it_needs():
     """It answers for the parameters at factor time after they change, and can't be changed itself."""
     for route in ("sweep", "dense"):
