@@ -314,7 +314,8 @@ class DampedNewton(torch.optim.Optimizer):
     route: of the Gauss–Newton system. 'gram': in N·C unknowns; 'sweep': layer by layer, as hessian.py does; 'auto': by
     counted operations. Each solves its own system exactly, and with metric='state' these differ in how ρ,
     `metric_damping`, goes in: D_ℓ = Ω_ℓ ⊗ A_ℓ + ρI in hidden layers, ρI in the last by the sweeps, and with the exact
-    Hessian (λρ + c ≥ 1e-10); by the Gram route it is in the Kronecker factors (`hessian_gram.GramSystem`).
+    Hessian (λρ + c ≥ 1e-10); by the Gram route it is in the Kronecker factors (`hessian_gram.GramSystem`). Where 'auto'
+    uses the exact Hessian, D is ρI and the layers' joint change, Σ_{ℓ<L} S_ℓᵀS_ℓ/N (`factorize_hessian`'s state damping).
     curvature_batch: k: G from k samples of the tracked batch, drawn anew each step from (seed, step); the gradient and
     the trial objectives are those of the whole batch. None: all samples.
     weight_decay: c of ½c‖θ‖² over all parameters, exactly: in f, g, the curvature and the trials. (SGD's weight_decay.)
@@ -774,10 +775,12 @@ class _Step:
         for damping in dampings:
             damping_left = 0.0 if damping <= _LEAST_DAMPING else damping
             by_state = damping_left > 0 and self.group["metric"] == "state"
+            # in the bent valleys about a minimum the exact Hessian does better if the layers' changes may cancel
+            jointly = by_state and curvature == "hessian" and self.group["curvature"] == "auto"
             shift = damping_left * (self.group["metric_damping"] if by_state else 1.0)
             shift = max(shift + self.weight_decay, _FLOOR)
-            layers = _modified(self.curvature_layers, curvature, 0.0)
-            if by_state:
+            layers = _modified(self.curvature_layers, curvature, damping_left if jointly else 0.0)
+            if by_state and not jointly:
                 layers = self.penalized(layers, damping_left)
             H = self.dense_hessian() if curvature == "hessian" and not by_state else None
             factorization = _definite_factorization(layers, shift, H)

@@ -704,6 +704,19 @@ def test_sweep_steps_solve_their_system(batch, metric, curvature):
     assert relative(product + g, g) < 1e-6
 
 
+def test_polishing_steps_solve_their_system():
+    """With curvature='auto' the exact Hessian's: (H + cI + λρI + (λ/N) Σ S_ℓᵀS_ℓ) x = −g."""
+    case, c, damping, rho = Case((6, 4, 7), 9), 0.02, 30.0, 1e-2
+    model, x, y = case.build()
+    optimizer = DampedNewton(model, metric="state", weight_decay=c, metric_damping=rho)
+    loss = closure_of(model, x, y)()
+    candidates = _Step(optimizer, compute_layer_derivatives(model)).exact_steps("hessian", [damping])
+    found = candidates.steps[candidates.lengths.index(1.0)]
+    product = hessian_vector_product(model, loss, found, state_damping=damping) + (c + damping * rho) * found
+    g = objective_gradient(model, x, y, c)
+    assert relative(product + g, g) < 1e-6
+
+
 def test_second_order_correction():
     """−½ (JᵀΛJ + λI)⁻¹ JᵀΛ s₂ with s₂ by torch.func along x: to 2 %, the error of the one-sided difference."""
     case, damping = Case((6, 4), 9, loss="mse"), 300.0
