@@ -315,7 +315,7 @@ class DampedNewton(torch.optim.Optimizer):
     counted operations. Each solves its own system exactly, and with metric='state' these differ in how ρ,
     `metric_damping`, goes in: D_ℓ = Ω_ℓ ⊗ A_ℓ + ρI in hidden layers, ρI in the last by the sweeps, and with the exact
     Hessian (λρ + c ≥ 1e-10); by the Gram route it is in the Kronecker factors (`hessian_gram.GramSystem`). Where 'auto'
-    uses the exact Hessian, D is ρI and the layers' joint change, Σ_{ℓ<L} S_ℓᵀS_ℓ/N (`factorize_hessian`'s state damping).
+    uses the exact Hessian, D is ρI and the layers' joint change, Σ_{ℓ<L} S_ℓᵀS_ℓ/N (the state damping of hessian.py).
     curvature_batch: k: G from k samples of the tracked batch, drawn anew each step from (seed, step); the gradient and
     the trial objectives are those of the whole batch. None: all samples.
     weight_decay: c of ½c‖θ‖² over all parameters, exactly: in f, g, the curvature and the trials. (SGD's weight_decay.)
