@@ -20,7 +20,7 @@ the split π of their damping; Tassa, Erez & Todorov (2012), steps measured in s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -145,9 +145,32 @@ class _Group(NamedTuple):
         rest = (X - inside @ self.basis.mT) / self.outside
         return solved + torch.linalg.solve_triangular(self.output_factor.mT, rest, upper=True)
 
+    def apply(self, X: Tensor) -> Tensor:
+        """Ω X A for X (g, a, d): the inverse of `solve`."""
+        if self.output_factor is None:
+            return X * self.outside**2
+        X = self.output_factor @ (self.output_factor.mT @ X)
+        inside = X if self.basis is None else X @ self.basis
+        applied = (inside @ self.input_factor) @ self.input_factor.mT
+        if self.basis is None:
+            return applied
+        return (applied - self.outside * inside) @ self.basis.mT + self.outside * X
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """g, a, d."""
+        d = (self.inputs if self.basis is None else self.basis.mT).shape[2]
+        return len(self.inputs), self.outputs.shape[1], d
+
     def flatten(self, X: Tensor) -> Tensor:
         """(g, a, d) → the layers' part of a flat vector: each weight, then its bias."""
         return torch.cat([X[:, :, : self.width].flatten(1), X[:, :, self.width :].flatten(1)], 1).flatten()
+
+    def unflatten(self, v: Tensor) -> Tensor:
+        """The inverse of `flatten`."""
+        g, a, d = self.shape
+        weight, bias = v.view(g, -1).split((a * self.width, a * (d - self.width)), 1)
+        return torch.cat([weight.view(g, a, -1), bias.view(g, a, -1)], 2)
 
 
 def _plain_group(inputs: Tensor, outputs: Tensor, multiple: float, width: int) -> _Group:
@@ -189,6 +212,18 @@ class DampedSystem(NamedTuple):
     def solve(self, y: Tensor) -> Tensor:
         """(M + λ)⁻¹ y for y (K N,)."""
         return torch.cholesky_solve(y[:, None], self.factor)[:, 0]
+
+    def apply_metric(self, v: Tensor) -> Tensor:
+        """λ D v, for v (P,)."""
+        return self.damping * self._each(_Group.apply, v)
+
+    def solve_metric(self, v: Tensor) -> Tensor:
+        """(λ D)⁻¹ v, for v (P,)."""
+        return self._each(_Group.solve, v) / self.damping
+
+    def _each(self, change: Callable[[_Group, Tensor], Tensor], v: Tensor) -> Tensor:
+        parts = v.split([math.prod(group.shape) for group in self.groups])
+        return torch.cat([x.flatten(change(x, x.unflatten(part))) for x, part in zip(self.groups, parts, strict=True)])
 
     def transpose(self, y: Tensor) -> Tensor:
         """D⁻¹ Jᵀ y (P,) for y (K N,)."""
@@ -252,18 +287,18 @@ class GramSystem:
         """x (P,) and J x (K N,)."""
         y = 0.0 if self.residual is None else self.residual
         scaled = None
-        if self.rest is not None:  # D⁻¹g/λ
-            blocks, pieces, start = _blocks(self.layers, self.rest[:, None]), [], 0
-            for group in damped.groups:
-                X = torch.cat(blocks[start : start + len(group.inputs)])
-                pieces.append(group.flatten(group.solve(X)))
-                start += len(group.inputs)
-            scaled = torch.cat(pieces) / damped.damping
+        if self.rest is not None:
+            scaled = damped.solve_metric(self.rest)
             along = self.scaled_tangent(scaled)
             y = y - along
         y = damped.solve(y)
         x, Jx = -damped.transpose(y), -(damped.matrix @ y)
         return (x, Jx) if scaled is None else (x - scaled, Jx - along)
+
+    def inverse(self, damped: DampedSystem, v: Tensor) -> Tensor:
+        """(JᵀJ + cI + λD)⁻¹ v, for v (P,)."""
+        scaled = damped.solve_metric(v)
+        return scaled - damped.transpose(damped.solve(self.scaled_tangent(scaled)))
 
     def scaled_tangent(self, x: Tensor) -> Tensor:
         """J x (K N,) for x (P,)."""
@@ -355,6 +390,13 @@ class GramFactor:
         K, N = self._root.shape[2], len(self._root)
         delta = torch.einsum("nck,knj->jnc", self._root, y.unflatten(0, (K, N)))
         return scaled - _transposed(self._layers, delta) / self._damping
+
+
+def gauss_newton_product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
+    """JᵀΛJ v for v (P, k): two passes through the network."""
+    for s, _ in _forward_tangent(layers, _blocks(layers, v)):
+        logits = s
+    return _transposed(layers, layers[-1].output.apply(logits))
 
 
 def _transposed(layers: Sequence[LayerDerivatives], delta: Tensor) -> Tensor:

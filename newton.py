@@ -41,12 +41,21 @@ from hessian import (
     _checked_derivatives,
     _dense_hessian,
     _factorize,
+    _in_float32,
     _Indefinite,
     _modified,
+    _product,
 )
 from hessian_checks import checked_nonnegative
 from hessian_costs import count_operations, factor_operations, route_costs, shapes_of_layers
-from hessian_gram import DampedSystem, GramSystem, count_gram_operations, count_state_weights, state_weights
+from hessian_gram import (
+    DampedSystem,
+    GramSystem,
+    count_gram_operations,
+    count_state_weights,
+    gauss_newton_product,
+    state_weights,
+)
 from newton_trust_region import TrustRegionStep, _trust_region, trust_region_step
 
 __all__ = ["DampedNewton", "StepCost", "StepReport", "TrustRegionStep", "trust_region_step"]
@@ -64,6 +73,7 @@ _SEARCH = {
     "state": _Search(10.0, (0.5, 1.0, 1.5, 2.0, 3.0), 0.05),
     "parameter": _Search(3.0, (0.7, 1.0, 1.4), 1.0),
     "sub-batch": _Search(10.0, (1.0, 2.0), 0.2),  # where trials on all samples are what costs
+    "conjugate-gradients": _Search(10.0, (0.5, 1.0, 2.0), 0.0),
 }
 _MEMORIES = (0.0, 0.8, 0.95)  # decays of the sums of earlier steps that the best trial is extended along
 _EXTENSIONS = (1.0, 3.0)  # times (1 − decay) of such a sum
@@ -71,6 +81,8 @@ _SADDLE_LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)  # both ways along a d
 # times λ, after a step that had to be shortened, after one that took a larger λ, and after one that went well at once
 _CLIMB = (1.0, 0.1, 0.01)
 _CLIMB_STATE = (3.0, 1.0, 0.1)  # of Gauss–Newton steps by the sweeps with metric='state', at all samples
+_CLIMB_CG = (10.0, 1.0, 0.3)  # of conjugate gradients on the whole batch
+_CG_SOLVED, _CG_DONE = 0.03, 1e-16  # of rᵀP⁻¹r, at the last of them: λ may fall; no more of them
 _MAX_TRIALS = 12  # rounds of trials in a step
 _LEAST_DAMPING, _LARGEST_DAMPING = 1e-30, 1e16  # λ; at the least one none is left
 _FLOOR = 1e-10  # of the damping of parameters in factorizations, the L2 term included: H alone may be singular
@@ -156,6 +168,13 @@ class _Trial(NamedTuple):
     step: Tensor | None  # (P,)
     damping: float
     length: float
+
+
+class _Preconditioner(NamedTuple):
+    """G + cI + λD with G of the sub-batch, as maps of (P,)."""
+
+    inverse: Callable[[Tensor], Tensor]
+    metric: Callable[[Tensor], Tensor]  # cI + λD alone
 
 
 class _Span(NamedTuple):
@@ -346,6 +365,7 @@ class DampedNewton(torch.optim.Optimizer):
         metric: str = "auto",
         route: str = "auto",
         curvature_batch: int | None = None,
+        cg_iterations: int = 8,
         weight_decay: float = 0.0,
         damping: float = 1.0,
         metric_damping: float | None = None,
@@ -358,12 +378,13 @@ class DampedNewton(torch.optim.Optimizer):
         if metric == "auto":
             metric = "parameter" if model.input_dim == 1 else "state"
         if metric_damping is None:
-            metric_damping = 1e-4 if curvature_batch is None else 1.0
+            metric_damping = 1e-4 if curvature_batch is None else 0.1
         options = dict(
             curvature=curvature,
             metric=metric,
             route=route,
             curvature_batch=curvature_batch,
+            cg_iterations=cg_iterations,
             weight_decay=weight_decay,
             metric_damping=metric_damping,
             gtol=gtol,
@@ -468,7 +489,7 @@ class _Step:
         self.gradient_norm = float(torch.linalg.vector_norm(self.gradient))
         N, size = len(layers[0].inputs), self.group["curvature_batch"]
         self.of_batch = size is None or size >= N
-        self.search = _SEARCH[self.group["metric"] if self.of_batch else "sub-batch"]
+        self.search = _SEARCH[_search_kind(self.group, self.of_batch)]
         if not self.of_batch:
             generator = torch.Generator().manual_seed(1_000_003 * self.group["seed"] + self.state["step"])
             chosen = torch.randperm(N, generator=generator)[:size].sort().values
@@ -476,7 +497,9 @@ class _Step:
         self.curvature_layers = layers
         self.before = math.nan
         self.num_trials = 0
+        self.cg_residual = 0.0  # rᵀP⁻¹r over its first value, r the residual and P the preconditioner
         self._gram: GramSystem | None = None
+        self._whole: tuple[LayerDerivatives, ...] | None = None  # all samples', in the model's dtype
         self._dense: Tensor | None = None
         self._Omega: list[Tensor] | None = None
 
@@ -501,7 +524,12 @@ class _Step:
 
     def gauss_newton(self) -> None:
         state, may_polish = self.state, self.group["curvature"] == "auto" and self.may_factorize()
-        found = self.bracket(self.gram_steps, "damping") if self.by_gram() else self.climb(self.sweep_steps, "damping")
+        if self.group["cg_iterations"] and not self.of_batch:
+            found = self.climb(self.cg_steps, "damping")
+        elif self.by_gram():
+            found = self.bracket(self.gram_steps, "damping")
+        else:
+            found = self.climb(self.sweep_steps, "damping")
         accepted = self.finish("gauss_newton", self.extended(found))
         state["objectives"] = [*state["objectives"], self.before][-(state["patience"] + 1) :]
         slow = (
@@ -615,15 +643,21 @@ class _Step:
     def climb(self, steps_at: Callable[[Sequence[float]], _Candidates | None], key: str) -> _Trial | None:
         """One λ, where each costs a factorization: raised until f falls, lowered for the next step if all went well."""
         damping, best = self.state[key], None
-        by_state = key == "damping" and self.group["metric"] == "state" and self.of_batch
-        shortened, raised, at_once = _CLIMB_STATE if by_state else _CLIMB
+        factors = _CLIMB
+        if key == "damping" and not self.of_batch and self.group["cg_iterations"]:
+            factors = _CLIMB_CG
+        elif key == "damping" and self.of_batch and self.group["metric"] == "state":
+            factors = _CLIMB_STATE
+        shortened, raised, at_once = factors
         for trial in range(_MAX_TRIALS):
             self.num_trials = trial + 1
             candidates = steps_at([damping])
             if candidates is not None:
                 best = self.best_of(candidates)
                 if best.value < self.before:
-                    factor = shortened if best.length < 1 else raised if trial else at_once
+                    # where conjugate gradients did not get far, a smaller λ would leave them further away
+                    unsolved = factors is _CLIMB_CG and self.cg_residual > _CG_SOLVED
+                    factor = shortened if best.length < 1 else raised if trial or unsolved else at_once
                     self.state[key] = max(factor * damping, _LEAST_DAMPING)
                     return best
             damping *= 10 if trial < 3 else 100
@@ -743,6 +777,61 @@ class _Step:
             lengths = lengths + lengths
         return _Candidates(_Steps(sum(rows, [])), [d for d in dampings for _ in lengths], [*lengths] * len(dampings))
 
+    def cg_steps(self, dampings: Sequence[float]) -> _Candidates | None:
+        found = {}
+        for damping in dampings:
+            preconditioner = self.preconditioner(damping)
+            x = None if preconditioner is None else self.conjugate_gradients(preconditioner)
+            if x is not None:
+                found[damping] = x
+        return self.candidates(list(found), list(found.values())) if found else None
+
+    def conjugate_gradients(self, preconditioner: _Preconditioner) -> Tensor | None:
+        """(G + cI + λD) x = −g with G of the whole batch, by a few iterations; None where rounding leaves no first."""
+        x, r = torch.zeros_like(self.gradient), -self.gradient
+        earlier, first = [], None  # directions, their products, and dᵀAd
+        for _ in range(self.group["cg_iterations"]):
+            d = preconditioner.inverse(r)
+            left = float(r @ d)
+            first = left if first is None else first
+            if not left > _CG_DONE * first:
+                break
+            for other, product, curvature in earlier:  # against all of them, or rounding would come to decide the step
+                d = d - (d @ product / curvature) * other
+            Ad = self.whole_product(d) + preconditioner.metric(d)
+            curvature = d @ Ad
+            if not 0 < float(curvature) < math.inf:
+                break
+            self.cg_residual = left / first
+            x = x + (r @ d / curvature) * d
+            r = r - (r @ d / curvature) * Ad
+            earlier.append((d, Ad, curvature))
+        return x if earlier else None
+
+    def whole_product(self, v: Tensor) -> Tensor:
+        """JᵀΛJ v (P,) of the whole batch, in the model's dtype as the trials are."""
+        if self._whole is None:
+            single = self.objective.inputs.dtype == torch.float32
+            self._whole = tuple(map(_in_float32, self.layers)) if single else self.layers
+        return gauss_newton_product(self._whole, v.to(self._whole[0].weight.dtype)[:, None])[:, 0].double()
+
+    def preconditioner(self, damping: float) -> _Preconditioner | None:
+        if self.by_gram():
+            gram = self.gram_system()
+            damped = gram.at(damping)
+            if damped is None:
+                return None
+            return _Preconditioner(lambda v: gram.inverse(damped, v), damped.apply_metric)
+        layers, shift = self.damped_layers("gauss_newton", damping)
+        factorization = _definite_factorization(layers, shift)
+        if factorization is None:
+            return None
+        without = OutputHessian(torch.zeros_like(layers[-1].output.diagonal), zero_sum=False)
+        metric = (*layers[:-1], layers[-1]._replace(output=without))
+        return _Preconditioner(
+            lambda v: factorization._direct(v[:, None])[:, 0], lambda v: _product(metric, v[:, None])[:, 0] + shift * v
+        )
+
     def sweep_steps(self, dampings: Sequence[float]) -> _Candidates | None:
         return self.exact_steps("gauss_newton", dampings)
 
@@ -769,20 +858,22 @@ class _Step:
         hidden = (x._replace(penalty=scale * Omega) for x, Omega in zip(layers[:-1], self._Omega, strict=True))
         return (*hidden, layers[-1])
 
+    def damped_layers(self, curvature: str, damping: float) -> tuple[tuple[LayerDerivatives, ...], float]:
+        """The curvature and λD + cI: layers whose form is all of it but a multiple of the identity, and that."""
+        left = 0.0 if damping <= _LEAST_DAMPING else damping
+        by_state = left > 0 and self.group["metric"] == "state"
+        # in the bent valleys about a minimum the exact Hessian does better if the layers' changes may cancel
+        jointly = by_state and curvature == "hessian" and self.group["curvature"] == "auto"
+        shift = max(left * (self.group["metric_damping"] if by_state else 1.0) + self.weight_decay, _FLOOR)
+        layers = _modified(self.curvature_layers, curvature, left if jointly else 0.0)
+        return self.penalized(layers, left) if by_state and not jointly else layers, shift
+
     def exact_steps(self, curvature: str, dampings: Sequence[float]) -> _Candidates | None:
         """x by a factorization for each λ; left out where the matrix is not positive definite, or solved badly."""
         found = {}
         for damping in dampings:
-            damping_left = 0.0 if damping <= _LEAST_DAMPING else damping
-            by_state = damping_left > 0 and self.group["metric"] == "state"
-            # in the bent valleys about a minimum the exact Hessian does better if the layers' changes may cancel
-            jointly = by_state and curvature == "hessian" and self.group["curvature"] == "auto"
-            shift = damping_left * (self.group["metric_damping"] if by_state else 1.0)
-            shift = max(shift + self.weight_decay, _FLOOR)
-            layers = _modified(self.curvature_layers, curvature, damping_left if jointly else 0.0)
-            if by_state and not jointly:
-                layers = self.penalized(layers, damping_left)
-            H = self.dense_hessian() if curvature == "hessian" and not by_state else None
+            layers, shift = self.damped_layers(curvature, damping)
+            H = self.dense_hessian() if curvature == "hessian" and layers is self.curvature_layers else None
             factorization = _definite_factorization(layers, shift, H)
             if factorization is None:
                 continue
@@ -790,6 +881,12 @@ class _Step:
             if float(residual) <= _SOLVE_RTOL:  # else this λ is too small for float64, and a larger one is tried
                 found[damping] = x[:, 0]
         return self.candidates(list(found), list(found.values())) if found else None
+
+
+def _search_kind(group: dict, of_batch: bool) -> str:
+    if of_batch:
+        return group["metric"]
+    return "conjugate-gradients" if group["cg_iterations"] and group["curvature"] != "hessian" else "sub-batch"
 
 
 def _is_wide(N: int, d: int, a: int) -> bool:
