@@ -117,50 +117,44 @@ def state_weights(layers: Sequence[LayerDerivatives]) -> list[Tensor]:
 class _Group(NamedTuple):
     """g consecutive layers of one shape, whitened by their part of the metric, D_ℓ = Ω_ℓ ⊗ A_ℓ."""
 
-    inputs: Tensor  # (g, N, r) z̃ Q C⁻ᵀ
+    inputs: Tensor  # (g, N, d) z̃ C⁻ᵀ
     outputs: Tensor  # (g, a, K N) F⁻¹ Eᵀ
-    output_factor: Tensor | None  # (g, a, a) F: Ω = F Fᵀ; None where D_ℓ is a multiple of the identity
-    input_factor: Tensor | None  # (g, r, r) C: QᵀA Q = C Cᵀ
-    basis: Tensor | None  # (g, d, r) Q, orthonormal; None: the identity
-    outside: Tensor | float  # (g, 1, 1) A outside of Q's range; or √ of that multiple
+    output_factor: Tensor | None  # (g, a, a) F: Ω = F Fᵀ; None: the identity
+    input_factor: Tensor  # (g, d, d) C: A = C Cᵀ; or (g or 1, 1, 1), that multiple of the identity
     width: int  # a′, the inputs but the bias
 
+    @classmethod
+    def of(cls, inputs: Tensor, outputs: Tensor, F: Tensor | None, C: Tensor, width: int) -> _Group:
+        """From z̃ (g, N, d) and Eᵀ (g, a, K N)."""
+        if F is not None:
+            outputs = torch.linalg.solve_triangular(F, outputs, upper=False)
+        whitened = _solve_right(C.mT, inputs, upper=True)
+        return cls(whitened, outputs.contiguous(), F, C, width)  # `transpose` sums over K
+
     def unwhiten(self, U: Tensor) -> Tensor:
-        """F⁻ᵀ U C⁻¹ Qᵀ for U (g, a, r)."""
-        if self.output_factor is None:
-            return U / self.outside
-        U = torch.linalg.solve_triangular(self.output_factor.mT, U, upper=True)
-        U = torch.linalg.solve_triangular(self.input_factor, U, upper=False, left=False)
-        return U if self.basis is None else U @ self.basis.mT
+        """F⁻ᵀ U C⁻¹ for U (g, a, d)."""
+        if self.output_factor is not None:
+            U = torch.linalg.solve_triangular(self.output_factor.mT, U, upper=True)
+        return _solve_right(self.input_factor, U, upper=False)
 
     def solve(self, X: Tensor) -> Tensor:
         """Ω⁻¹ X A⁻¹ for X (g, a, d)."""
-        if self.output_factor is None:
-            return X / self.outside**2
-        X = torch.linalg.solve_triangular(self.output_factor, X, upper=False)
-        inside = X if self.basis is None else X @ self.basis
-        solved = self.unwhiten(torch.linalg.solve_triangular(self.input_factor.mT, inside, upper=True, left=False))
-        if self.basis is None:
-            return solved
-        rest = (X - inside @ self.basis.mT) / self.outside
-        return solved + torch.linalg.solve_triangular(self.output_factor.mT, rest, upper=True)
+        if self.output_factor is not None:
+            X = torch.linalg.solve_triangular(self.output_factor, X, upper=False)
+        return self.unwhiten(_solve_right(self.input_factor.mT, X, upper=True))
 
     def apply(self, X: Tensor) -> Tensor:
         """Ω X A for X (g, a, d): the inverse of `solve`."""
-        if self.output_factor is None:
-            return X * self.outside**2
-        X = self.output_factor @ (self.output_factor.mT @ X)
-        inside = X if self.basis is None else X @ self.basis
-        applied = (inside @ self.input_factor) @ self.input_factor.mT
-        if self.basis is None:
-            return applied
-        return (applied - self.outside * inside) @ self.basis.mT + self.outside * X
+        if self.output_factor is not None:
+            X = self.output_factor @ (self.output_factor.mT @ X)
+        if self.input_factor.shape[2] == 1:
+            return X * self.input_factor**2
+        return (X @ self.input_factor) @ self.input_factor.mT
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """g, a, d."""
-        d = (self.inputs if self.basis is None else self.basis.mT).shape[2]
-        return len(self.inputs), self.outputs.shape[1], d
+        return len(self.inputs), self.outputs.shape[1], self.inputs.shape[2]
 
     def flatten(self, X: Tensor) -> Tensor:
         """(g, a, d) → the layers' part of a flat vector: each weight, then its bias."""
@@ -173,31 +167,36 @@ class _Group(NamedTuple):
         return torch.cat([weight.view(g, a, -1), bias.view(g, a, -1)], 2)
 
 
+def _solve_right(C: Tensor, X: Tensor, upper: bool) -> Tensor:
+    """X C⁻¹, C triangular, or (…, 1, 1) a multiple of the identity."""
+    return X / C if C.shape[2] == 1 else torch.linalg.solve_triangular(C, X, upper=upper, left=False)
+
+
 def _plain_group(inputs: Tensor, outputs: Tensor, multiple: float, width: int) -> _Group:
     """D = multiple · I."""
     root = math.sqrt(multiple)
-    return _Group(inputs, outputs / root, None, None, None, root, width)
+    return _Group(inputs, outputs / root, None, inputs.new_full((1, 1, 1), root), width)
 
 
 def _state_group(inputs: Tensor, outputs: Tensor, Omega: Tensor, rho: float, width: int) -> _Group:
-    """D = (Ω + √ρ π I) ⊗ (A + (√ρ/π) I), A = z̃ᵀz̃/N, π² = (tr Ω / a) / (tr A / d); inputs (g, N, d)."""
+    """D = (Ω + √ρ π I) ⊗ (A + (√ρ/π) I), π² = (tr Ω / a) / (tr A / d); inputs (g, N, d).
+
+    A = z̃ᵀz̃/N; or, where so few samples can't tell it, N < d, its multiple of the identity of the same trace: directions
+    that no sample of a sub-batch has would otherwise cost next to nothing.
+    """
     N, d = inputs.shape[1:]
-    basis = None
-    if N < d:  # outside of the samples' span A is one number: a factor of size d is never formed
-        basis, R = torch.linalg.qr(inputs.mT)
-        inputs = R.mT
-    A = inputs.mT @ inputs / N
-    mean_Omega, mean_A = Omega.diagonal(dim1=1, dim2=2).mean(1), A.diagonal(dim1=1, dim2=2).sum(1) / d
+    mean_Omega, mean_A = Omega.diagonal(dim1=1, dim2=2).mean(1), inputs.square().sum((1, 2)) / (N * d)
     # dead inputs (A = 0) leave nothing to balance
     pi = torch.where(mean_A > 0, mean_Omega / mean_A, 1.0).sqrt()[:, None]
-    outside = math.sqrt(rho) / pi
     Omega = Omega.clone()
     Omega.diagonal(dim1=1, dim2=2).add_(math.sqrt(rho) * pi)
-    A.diagonal(dim1=1, dim2=2).add_(outside)
-    F, C = torch.linalg.cholesky(Omega), torch.linalg.cholesky(A)
-    whitened = torch.linalg.solve_triangular(C, inputs.mT, upper=False).mT
-    outputs = torch.linalg.solve_triangular(F, outputs, upper=False).contiguous()  # `transpose` sums over K
-    return _Group(whitened, outputs, F, C, basis, outside[:, :, None], width)
+    if N < d:
+        C = (mean_A[:, None] + math.sqrt(rho) / pi).sqrt()[:, :, None]
+    else:
+        A = inputs.mT @ inputs / N
+        A.diagonal(dim1=1, dim2=2).add_(math.sqrt(rho) / pi)
+        C = torch.linalg.cholesky(A)
+    return _Group.of(inputs, outputs, torch.linalg.cholesky(Omega), C, width)
 
 
 class DampedSystem(NamedTuple):
@@ -240,9 +239,10 @@ class GramSystem:
     """(JᵀJ + cI + λD) x = −Jᵀw − g at one batch, for any λ > 0.
 
     metric 'parameter': D = I. metric 'state': D measures the change of all hidden pre-activations, mean over the batch,
-    by Kronecker factors, D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) in hidden layers (`state_weights`; A_ℓ = z̃ᵀz̃/N), and
-    D_L = ρI. With c > 0, an L2 term ½c‖θ‖² in the objective, ρ + c/λ stands for ρ: λD then holds cI exactly, beside a
-    rest that is positive semidefinite and vanishes with λ. That takes a Gram matrix for each λ.
+    by Kronecker factors, D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) in hidden layers (`state_weights`; A_ℓ = z̃ᵀz̃/N, or of
+    so few samples, N < d, (tr A_ℓ / d) I), and D_L = ρI. With c > 0, an L2 term ½c‖θ‖² in the objective, ρ + c/λ stands
+    for ρ: λD then holds cI exactly, beside a rest that is positive semidefinite and vanishes with λ. That takes a Gram
+    matrix for each λ.
 
     rest: g (P,), a part of the gradient that Jᵀw doesn't hold, w the residual of the batch; or None. without_residual:
     w = 0, all of the gradient is in `rest`.
