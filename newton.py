@@ -82,7 +82,7 @@ _SADDLE_LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)  # both ways along a d
 _CLIMB = (1.0, 0.1, 0.01)
 _CLIMB_STATE = (3.0, 1.0, 0.1)  # of Gauss–Newton steps by the sweeps with metric='state', at all samples
 _CLIMB_CG = (10.0, 1.0, 0.3)  # of conjugate gradients on the whole batch
-_CG_SOLVED, _CG_DONE = 0.03, 1e-16  # of rᵀP⁻¹r, at the last of them: λ may fall; no more of them
+_CG_SOLVED, _CG_DONE = 0.03, 1e-4  # of rᵀP⁻¹r, at the last of them: λ may fall; no more of them
 _MAX_TRIALS = 12  # rounds of trials in a step
 _LEAST_DAMPING, _LARGEST_DAMPING = 1e-30, 1e16  # λ; at the least one none is left
 _FLOOR = 1e-10  # of the damping of parameters in factorizations, the L2 term included: H alone may be singular
