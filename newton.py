@@ -99,6 +99,7 @@ _INVISIBLE = 1e-9  # relative to f: a decrease that trials can't be compared by
 _KEPT_VECTORS, _UPDATE_VECTORS, _SOLVE_VECTORS = 4, 7, 20
 # and passed through memory that is new to the process: in a step, for each λ, for each trial
 _STEP_TRAFFIC, _SOLVE_TRAFFIC, _TRIAL_TRAFFIC = 32, 130, 6
+_PRODUCT_TRAFFIC = 20  # likewise, for each iteration of conjugate gradients
 # of a product's rate, by a sweep's counted operations (one core, four samples and 128 units: 0.6; 256 units and four:
 # 0.75, eight: 0.82, sixteen: 0.83): small products and the factors of small blocks are slower
 _SWEEP_RATE = 0.8
@@ -943,8 +944,9 @@ def _step_cost(model: DeepMLPWithTracking, group: dict, batch_size: int, num_dam
     route = min(counted, key=counted.get)
     if group["curvature"] != "hessian" and _by_gram(layers, group):
         route = "gram"
-    tries = num_dampings or (3 if route == "gram" else 1)
-    trials = tries * len(_SEARCH[group["metric"] if of_batch else "sub-batch"].lengths)
+    kind = _search_kind(group, of_batch)
+    tries = num_dampings or (3 if route == "gram" and kind != "conjugate-gradients" else 1)
+    trials = tries * len(_SEARCH[kind].lengths)
     operations += 2 * N * reduced * half * trials
     traffic = 8 * (P * _STEP_TRAFFIC + reduced * (_TRIAL_TRAFFIC * trials + _SOLVE_TRAFFIC * tries))
     state = 8 * sum(len(layer.weight) for layer in layers)  # bytes of a sample's
@@ -963,6 +965,13 @@ def _step_cost(model: DeepMLPWithTracking, group: dict, batch_size: int, num_dam
         forming = counted[route] - factor_operations(reduced)
         operations += tries * factor_operations(reduced) + (1 if formed_once else tries) * forming
         kept, solve = 0, 8 * 3 * reduced**2
+    if (
+        kind == "conjugate-gradients"
+    ):  # for each iteration a product with the whole batch, and a solve with the sub-batch
+        count = tries * group["cg_iterations"]
+        operations += count * (8 * N * reduced * half + 2 * solve / 8)
+        traffic += count * (8 * reduced * _PRODUCT_TRAFFIC + solve)
+        solve += 8 * reduced * (2 * group["cg_iterations"])
     batch = 8 * N * 2 * d + 5 * N * state
     alive = max(solve + 8 * reduced * _SOLVE_VECTORS, kept + 8 * P * update_vectors)
     return StepCost(route, tries, operations, traffic, batch + 8 * P * kept_vectors + alive)
