@@ -336,10 +336,13 @@ class DampedNewton(torch.optim.Optimizer):
     `metric_damping`, goes in: D_ℓ = Ω_ℓ ⊗ A_ℓ + ρI in hidden layers, ρI in the last by the sweeps, and with the exact
     Hessian (λρ + c ≥ 1e-10); by the Gram route it is in the Kronecker factors (`hessian_gram.GramSystem`). Where 'auto'
     uses the exact Hessian, D is ρI and the layers' joint change, Σ_{ℓ<L} S_ℓᵀS_ℓ/N (the state damping of hessian.py).
-    curvature_batch: k: G from k samples of the tracked batch, drawn anew each step from (seed, step); the gradient and
-    the trial objectives are those of the whole batch. None: all samples.
+    curvature_batch: k: a sub-batch of k samples, drawn anew each step from (seed, step), in place of all (None). The
+    exact solve with its curvature, and D, is the preconditioner of `cg_iterations` conjugate gradients with the
+    Gauss–Newton curvature of the whole batch (inexact Newton: they end sooner where the residual's square, in the
+    preconditioner's norm, fell by 1e-4); λ falls only where they got far. The gradient and the trial objectives are
+    those of the whole batch. cg_iterations=0, and curvature='hessian': the curvature is of the sub-batch alone.
     weight_decay: c of ½c‖θ‖² over all parameters, exactly: in f, g, the curvature and the trials. (SGD's weight_decay.)
-    damping: the first λ; found anew by each step. metric_damping: None for 1e-4, or 1 with a curvature_batch.
+    damping: the first λ; found anew by each step. metric_damping: None for 1e-4, or 0.1 with a curvature_batch.
     gtol, htol: `converged` is set where ‖g‖ ≤ gtol and H + (c + htol) I is positive definite, by its inertia: a
     second-order stationary point, `.report.certified`. Where curvature_batch leaves samples out, or the factorization
     would take more than 4 GB, H is not examined: there ‖g‖ ≤ gtol suffices, and `.report.certified` is False. (A
@@ -351,7 +354,8 @@ class DampedNewton(torch.optim.Optimizer):
     exactly (as far as torch does: on CUDA ask it to), and goes on bit for bit after `load_state_dict`.
 
     Cost of a step, k samples, K = C − 1 (or C) and P parameters: the Gram route's 2 (kK)² Σa + (kK)³/3 for each λ, or a
-    sweep for each λ (`factorize_hessian`); about 10 forward passes on the whole batch for the trials.
+    sweep for each λ (`factorize_hessian`); 3 to 15 forward passes on the whole batch for the trials, and 4 for each
+    iteration of conjugate gradients, which keep two vectors each.
     `estimate_step` says it before. A first layer of 2²⁰ weights or more, with four times more inputs than samples, is
     restricted to what a step can change: the same step, but for a state metric by the Gram route (`_Span`).
     Raises what `factorize_hessian` raises for a loss that is not the tracked one. Not checked: that the closure returns
@@ -418,6 +422,11 @@ class DampedNewton(torch.optim.Optimizer):
         own = {name: self.__dict__[name] for name in ("_model", "report", "converged", "stalled")}
         return {**super().__getstate__(), **own}
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("cg_iterations", 0)  # of a version that had none
+
     def add_param_group(self, param_group: dict) -> None:
         if self.param_groups:
             raise ValueError("DampedNewton has one parameter group, all parameters of the model: H couples them all")
@@ -461,6 +470,11 @@ def _check_options(options: dict) -> None:
     size = options["curvature_batch"]
     if size is not None and (isinstance(size, bool) or not isinstance(size, Integral) or size < 1):
         raise ValueError(f"curvature_batch must be an integer ≥ 1, or None for all, got {size!r}")
+    count = options["cg_iterations"]
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 0:
+        raise ValueError(
+            f"cg_iterations must be an integer ≥ 0, 0 for the curvature of the sub-batch alone, got {count!r}"
+        )
     if options["route"] == "gram" and options["curvature"] == "hessian":
         raise ValueError("route='gram' has the Gauss–Newton curvature only: pass route='sweep' or curvature='auto'")
     if not (0 < options["metric_damping"] < math.inf):
@@ -803,7 +817,7 @@ class _Step:
             curvature = d @ Ad
             if not 0 < float(curvature) < math.inf:
                 break
-            self.cg_residual = left / first
+            self.cg_residual = left / first if earlier else 0.0  # of a single iteration it can't be told
             x = x + (r @ d / curvature) * d
             r = r - (r @ d / curvature) * Ad
             earlier.append((d, Ad, curvature))

@@ -30,7 +30,7 @@ from hessian import (
     factorize_hessian,
     hessian_vector_product,
 )
-from hessian_gram import GramSystem, count_gram_operations, scaled_output
+from hessian_gram import GramSystem, count_gram_operations, gauss_newton_product, scaled_output
 from hessian_linear_algebra import Refined
 from newton import DampedNewton, _Step, _sub_batch, accurate_loss
 from newton_trust_region import TrustRegionStep, _trust_region, trust_region_step
@@ -486,6 +486,8 @@ def state_metric(case: Case, rho: float) -> Tensor:
                 Omega += row.T @ row / len(x)
         inputs = zs[index] if linear.bias is None else torch.cat([zs[index], torch.ones(len(x), 1)], 1)
         A = (inputs.T @ inputs / len(x)).detach()
+        if len(x) < d:  # so few samples can't tell it
+            A = A.trace() / d * eye(d)
         pi = (Omega.trace() / a / (A.trace() / d)).sqrt()
         left, right = Omega + math.sqrt(rho) * pi * eye(a), A + math.sqrt(rho) / pi * eye(d)
         # the flat order has the whole weight first, then the bias
@@ -547,6 +549,14 @@ def test_gram_system(case, metric, weight_decay):
         assert relative(x - exact, exact) < 1e-9
         J = torch.einsum("nck,ncp->knp", system.root, logits_jacobian(case)).flatten(0, 1)
         assert relative(Jx - J @ exact, J @ exact) < 1e-9
+    damped, v = system.at(damping), any_gradient
+    for ours, exact in (
+        (system.inverse(damped, v), torch.linalg.solve(A, v)),
+        (damped.apply_metric(v), damping * D @ v),
+        (damped.solve_metric(v), torch.linalg.solve(damping * D, v)),
+        (gauss_newton_product(layers, v[:, None])[:, 0], gauss_newton(case) @ v),
+    ):
+        assert relative(ours - exact, exact) < 1e-9
 
 
 @pytest.mark.parametrize(
@@ -939,6 +949,69 @@ def test_sub_batches_are_drawn_anew_and_the_gradient_is_of_all():
     assert torch.allclose(part[-1].output.diagonal, compute_layer_derivatives(model)[-1].output.diagonal, rtol=1e-12)
 
 
+@pytest.mark.parametrize("weight_decay", (0.0, 0.03))
+@pytest.mark.parametrize("metric", ("state", "parameter"))
+@pytest.mark.parametrize("route", ("gram", "sweep"))
+def test_conjugate_gradients_solve_with_the_curvature_of_the_whole_batch(route, metric, weight_decay, monkeypatch):
+    """Against a dense solve; and one iteration is along the exact step of the sub-batch."""
+    monkeypatch.setattr(newton, "_CG_DONE", 1e-24)
+    case, damping = Case((6, 4, 7), 15, inputs=5), 0.3
+    model, loss = tracked_loss(case)
+    options = {"route": route, "metric": metric, "curvature_batch": 4, "weight_decay": weight_decay}
+    for iterations in (1, 40):
+        optimizer = DampedNewton(model, cg_iterations=iterations, **options)
+        with torch.inference_mode():
+            step = _Step(optimizer, compute_layer_derivatives(model))
+            preconditioner = step.preconditioner(damping)
+            x = step.conjugate_gradients(preconditioner)
+            inverse = torch.stack([preconditioner.inverse(e) for e in eye(len(x))], 1)
+            metric_matrix = torch.stack([preconditioner.metric(e) for e in eye(len(x))], 1)
+            products = gauss_newton_product(step.curvature_layers, eye(len(x)))
+        assert relative(inverse @ (products + metric_matrix) - eye(len(x)), eye(len(x))) < 1e-8
+        assert torch.linalg.eigvalsh(metric_matrix - weight_decay * eye(len(x)))[0] > 0
+        exact = -torch.linalg.solve(gauss_newton(case) + metric_matrix, step.gradient)
+        if iterations == 40:
+            assert relative(x - exact, exact) < 1e-9
+        else:
+            alone = -inverse @ step.gradient
+            assert torch.nn.functional.cosine_similarity(x, alone, 0) > 1 - 1e-12
+            assert relative(x - exact, exact) > 0.1  # that sub-batch is not the batch
+
+
+def test_curvature_of_the_whole_batch_fits_more_samples():
+    """120 samples, curvature from 8: thirty steps with products of all of them, and with those of the eight alone."""
+    losses = {}
+    for iterations in (0, 8):
+        model, x, y = Case((8, 8, 8), 120, inputs=6, classes=5).build()
+        optimizer = DampedNewton(model, curvature_batch=8, cg_iterations=iterations, metric_damping=0.1)
+        for _ in range(30):
+            optimizer.step(closure_of(model, x, y))
+        losses[iterations] = model(x, y).item()
+    assert losses[8] < 0.2 * losses[0]
+
+
+def test_damping_falls_only_where_conjugate_gradients_got_far():
+    model, x, y = Case((8, 8, 8), 120, inputs=6, classes=5).build()
+    for damping, falls in ((1.0, False), (10.0, True)):
+        trained = copy.deepcopy(model)
+        optimizer = DampedNewton(trained, curvature_batch=8, cg_iterations=3, damping=damping)
+        optimizer.step(closure_of(trained, x, y))
+        assert optimizer.report.length >= 1 and optimizer.report.num_trials == 1
+        left = optimizer.state[optimizer.param_groups[0]["params"][0]]["damping"]
+        assert (left < optimizer.report.damping) == falls
+
+
+def test_a_checkpoint_of_before_conjugate_gradients_goes_on_without_them():
+    model, x, y = Case((6, 5), 14, inputs=4).build()
+    optimizer = DampedNewton(model, curvature_batch=5, cg_iterations=0)
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["cg_iterations"]
+    optimizer = DampedNewton(model, curvature_batch=5)
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["cg_iterations"] == 0
+    optimizer.step(closure_of(model, x, y))
+
+
 def test_accurate_loss():
     model, x, y = Case((4,), 6).build()
     h = random_vector(6, 3)
@@ -1056,6 +1129,7 @@ def test_wrong_optimizer_arguments():
     raises(ValueError, "weight_decay", DampedNewton, model, weight_decay=-1.0)
     raises(ValueError, "damping must be positive", DampedNewton, model, damping=0.0)
     raises(ValueError, "curvature_batch must", DampedNewton, model, curvature_batch=True)
+    raises(ValueError, "cg_iterations must be an integer ≥ 0, .* got -1", DampedNewton, model, cg_iterations=-1)
     optimizer = DampedNewton(model)
     optimizer.param_groups[0]["route"] = "dense"
     raises(ValueError, "unknown route 'dense'", optimizer.step, closure_of(model, x, y))
