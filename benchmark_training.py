@@ -8,7 +8,8 @@ is not run again, unless --redo names its method. table.md and curves.png there 
 
 Rivals get the best of four rates (Hessian-free: of four initial dampings) by the loss after 15 seconds, or the cap if
 less, on a seed kept aside; the first-order ones warm up linearly. On the small fixed batches they stop at a loss of
-1e-12, Newton at 1e-20; on the data sets every run takes its whole time. For test accuracy, rate and weight decay are chosen on that seed by validation accuracy, then for every seed the step.
+1e-12, Newton at 1e-20; on the data sets every run takes its whole time. For test accuracy, rate and weight decay are
+chosen on that seed by validation accuracy, then for every seed the step.
 
 Differences from the usual: Hessian-free takes its products by two backward passes, equal to those of curvlinops to
 rounding and five times as fast here; L-BFGS starts anew where its line search stalls; Muon and the AdamW beside it
