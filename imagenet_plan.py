@@ -140,7 +140,7 @@ def choose_by_cost(args: argparse.Namespace, world: World, num_classes: int) -> 
     args.hessian_batch_size = asked or chosen
     seconds = cost.seconds(machine.operations, machine.traffic)
     world.say(
-        f"Hessian step: curvature of {args.hessian_batch_size} of {args.batch_size} images, route {cost.route}, about "
+        f"Hessian step: solves on {args.hessian_batch_size} of {args.batch_size} images, route {cost.route}, about "
         f"{cost.operations:.1e} operations, {gib(cost.bytes)}, {seconds:.3g} s for {cost.num_dampings} damping"
         f"{'s' * (cost.num_dampings > 1)} (measured here: {machine.operations:.1e} operations/s, "
         f"{machine.traffic:.1e} bytes/s; free: {gib(machine.memory)})"

@@ -6,7 +6,8 @@
 All methods run the same loop on the same batches and differ in their step alone. Gradient descent and Adam take the
 best of several rates, and are given the seconds that the exact Hessian took. That one raises its damping until the
 inertia of H + εI says that it is positive definite, and then by the ratio of the actual to the predicted decrease.
-Damped Newton (newton.py) takes the gradient of the whole batch, and its curvature from --curvature-batch samples.
+Damped Newton (newton.py) takes gradient and curvature of the whole batch, by conjugate gradients preconditioned by
+the exact solve on --curvature-batch samples.
 Prints a table and who won by which measure, and writes loss.png under --out-dir.
 """
 
@@ -338,7 +339,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out-dir", type=Path, default=Path("runs/simple_example"))
     parser.add_argument("--samples", type=int, default=64, help="training images used")
     parser.add_argument("--batch-size", type=int, default=None, help="default: all samples")
-    parser.add_argument("--curvature-batch", type=int, default=32, help="samples of damped Newton's curvature")
+    parser.add_argument("--curvature-batch", type=int, default=32, help="samples of damped Newton's exact solve")
     parser.add_argument("--hidden-dim", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=30.0, help="for each method at most")
     parser.add_argument("--steps", type=int, default=100, help="of the Hessian method at most")
