@@ -17,7 +17,7 @@ by trial: each system is solved exactly for a few λ, the true objective is take
 in one batched forward pass, and the lowest one wins.
 
 References: Levenberg (1944), Marquardt (1963); Tassa, Erez & Todorov (2012), damping of states; Transtrum & Sethna
-(2012), the second-order correction; Moré & Sorensen (1983), the trust-region step.
+(2012), the second-order correction; Moré & Sorensen (1983), the trust-region step; Nocedal (1980), L-BFGS.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ _SEARCH = {
 }
 _MEMORIES = (0.0, 0.8, 0.95)  # decays of the sums of earlier steps that the best trial is extended along
 _EXTENSIONS = (1.0, 3.0)  # times (1 − decay) of such a sum
+_FOLLOWING = 16  # quasi-Newton steps with one factorization, at most
+_FOLLOWING_LENGTHS = (0.1, 0.3, 1.0, 3.0)  # of each
 _SADDLE_LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)  # both ways along a direction of negative curvature
+_SADDLE_RTOL = 0.1  # of the model's decrease along it
 # times λ, after a step that had to be shortened, after one that took a larger λ, and after one that went well at once
 _CLIMB = (1.0, 0.1, 0.01)
 _CLIMB_STATE = (3.0, 1.0, 0.1)  # of Gauss–Newton steps by the sweeps with metric='state', at all samples
@@ -117,7 +120,7 @@ class StepReport(NamedTuple):
     new_objective: float
     gradient_norm: float  # ‖g‖ before the step
     damping: float  # λ
-    length: float  # a, of x alone where earlier steps were added to it
+    length: float  # a, of x alone where other steps were added to it
     num_trials: int  # λ tried
     certified: bool  # H + (c + htol)I was found positive definite at a point with ‖g‖ ≤ gtol
 
@@ -263,11 +266,11 @@ class _Objective:
             values.append(self(torch.stack(moved) if len(moved) > 1 else moved[0][None]))
         return torch.cat(values)
 
-    def gradient_norm(self, theta: Tensor) -> float:
+    def gradient(self, theta: Tensor) -> Tensor:
+        """∇f (P,) at θ (P,)."""
         with torch.inference_mode(False), torch.enable_grad():
             theta = theta.clone().requires_grad_()  # of an inference tensor, a normal one
-            (gradient,) = torch.autograd.grad(self(theta[None])[0], theta)
-        return float(torch.linalg.vector_norm(gradient))
+            return torch.autograd.grad(self(theta[None])[0], theta)[0]
 
 
 def accurate_loss(model: DeepMLPWithTracking, logits: Tensor, targets: Tensor) -> Tensor:
@@ -335,7 +338,10 @@ class DampedNewton(torch.optim.Optimizer):
     counted operations. Each solves its own system exactly, and with metric='state' these differ in how ρ,
     `metric_damping`, goes in: D_ℓ = Ω_ℓ ⊗ A_ℓ + ρI in hidden layers, ρI in the last by the sweeps, and with the exact
     Hessian (λρ + c ≥ 1e-10); by the Gram route it is in the Kronecker factors (`hessian_gram.GramSystem`). Where 'auto'
-    uses the exact Hessian, D is ρI and the layers' joint change, Σ_{ℓ<L} S_ℓᵀS_ℓ/N (the state damping of hessian.py).
+    uses the exact Hessian, D is ρI and the layers' joint change, Σ_{ℓ<L} S_ℓᵀS_ℓ/N (the state damping of hessian.py),
+    and its step goes on by up to 16 quasi-Newton steps from the same factorization (L-BFGS, which starts from it in
+    place of a multiple of I): each costs a gradient, a solve and four trials, and where a valley bends, they lower f by
+    far more than other factorizations in their place. They keep 32 vectors of all parameters until the step ends.
     curvature_batch: k: a sub-batch of k samples, drawn anew each step from (seed, step), in place of all (None). The
     exact solve with its curvature, and D, is the preconditioner of `cg_iterations` conjugate gradients with the
     Gauss–Newton curvature of the whole batch (inexact Newton: they end sooner where the residual's square, in the
@@ -517,6 +523,7 @@ class _Step:
         self._whole: tuple[LayerDerivatives, ...] | None = None  # all samples', in the model's dtype
         self._dense: Tensor | None = None
         self._Omega: list[Tensor] | None = None
+        self._factorized: tuple[str, float, HessianFactorization | None] | None = None
 
     # ---------------------------------------------------------------------------------------------- the decision
 
@@ -531,7 +538,7 @@ class _Step:
                 self.before = float(self.objective(self.theta[None]))
                 self.finish("none", None, certified=bool(certified))
             else:
-                self.leave_saddle()
+                self.finish("saddle", self.down_from_saddle())
         elif group["curvature"] == "hessian" or (group["curvature"] == "auto" and state["polishing"] and self.of_batch):
             self.newton()
         else:
@@ -562,18 +569,23 @@ class _Step:
             state["damping"] = min(100 * state["damping"], _LARGEST_DAMPING)
 
     def newton(self) -> None:
-        """A step with the exact Hessian; in 'auto', back to Gauss–Newton where that lowered f by more, ‖g‖ does not
-        fall fast, and λ had to rise or the step to be shortened: far from the end. One step where it found nothing."""
+        """A step with the exact Hessian; in 'auto', off a saddle where it finds none, and then Gauss–Newton again where
+        that lowered f by more, ‖g‖ does not fall fast, and λ had to rise or the step to be shortened: far from the end.
+        One step where Gauss–Newton found nothing."""
         state, before = self.state, self.state["hessian_damping"]
         trial = self.last_digits() if state["ending"] else None
         if trial is None:
             dense = self.is_dense() and self.group["metric"] == "parameter"
             search = self.bracket if dense else self.climb
-            trial, state["ending"] = self.extended(search(self.hessian_steps, "hessian_damping")), False
+            trial, state["ending"] = search(self.hessian_steps, "hessian_damping"), False
+            trial = self.followed(trial) if self.group["curvature"] == "auto" else self.extended(trial)
             if trial is None or not self.before - trial.value > _INVISIBLE * abs(self.before):
                 end = self.last_digits()
                 trial, state["ending"] = end or trial, end is not None
-        accepted = self.finish("hessian", trial, certain=state["ending"])
+        method, lower = "hessian", state["ending"] or (trial is not None and trial.value < self.before)
+        if not lower and self.group["curvature"] == "auto" and self.factorized("hessian", _LEAST_DAMPING) is None:
+            method, trial = "saddle", self.down_from_saddle()
+        accepted = self.finish(method, trial, certain=state["ending"])
         if self.group["curvature"] != "auto":
             return
         decrease = self.before - trial.value if accepted else 0.0
@@ -596,17 +608,17 @@ class _Step:
         H = _dense_hessian(self.layers, len(self.theta)) if few else None
         return _definite_factorization(self.layers, shift, H) is not None
 
-    def leave_saddle(self) -> None:
-        """Down a direction of negative curvature, by the trust-region step from a point with g ≈ 0."""
-        try:
-            found = _trust_region(self.layers, self.gradient, 1.0, self.weight_decay)
+    def down_from_saddle(self) -> _Trial | None:
+        """The best trial along a direction of negative curvature: of the trust-region step, here from where g ≈ 0."""
+        if math.isnan(self.before):
+            self.before = float(self.objective(self.theta[None]))
+        try:  # a direction is all that is needed: where eigenvalues are negative by little, more can't be proved
+            found = _trust_region(self.layers, self.gradient, 1.0, self.weight_decay, rtol=_SADDLE_RTOL)
         except SingularHessianError:  # nothing proved: the point is too nearly semidefinite for float64
-            self.finish("saddle", None)
-            return
+            return None
         lengths = [sign * length for length in _SADDLE_LENGTHS for sign in (1.0, -1.0)]
         steps = _Steps([((length, found.step),) for length in lengths])
-        best = self.best_of(_Candidates(steps, [found.damping] * len(lengths), lengths))
-        self.finish("saddle", best)
+        return self.best_of(_Candidates(steps, [found.damping] * len(lengths), lengths))
 
     def little_left(self) -> bool:
         """Whether the Gauss–Newton model, hardly damped, promises to lower f by a small part of it only: then f has a
@@ -675,10 +687,16 @@ class _Step:
                     factor = shortened if best.length < 1 else raised if trial or unsolved else at_once
                     self.state[key] = max(factor * damping, _LEAST_DAMPING)
                     return best
+                if not self.promised(candidates) > _ROUNDING * abs(self.before):  # a larger λ promises even less
+                    break
             damping *= 10 if trial < 3 else 100
             if damping > _LARGEST_DAMPING:
                 break
         return best
+
+    def promised(self, candidates: _Candidates) -> float:
+        """By how much the damped model says that x lowers f."""
+        return -0.5 * float(self.gradient @ candidates.steps[candidates.lengths.index(1.0)])
 
     def extended(self, best: _Trial | None) -> _Trial | None:
         """The best trial, or it and a part of what earlier steps had in common, if that is better: along a narrow bent
@@ -694,6 +712,27 @@ class _Step:
         found = self.best_of(_Candidates(rows, [best.damping] * len(rows), [best.length] * len(rows)))
         return found if found.value < best.value else best
 
+    def followed(self, best: _Trial | None) -> _Trial | None:
+        """The best trial and up to 16 steps from there by the same factorization, corrected by what the gradient did
+        along the earlier ones of them (L-BFGS, with (H + cI + λD)⁻¹ in place of its first multiple of I)."""
+        if best is None or not best.value < self.before:
+            return best
+        factorization = self.factorized("hessian", best.damping)
+        step, gradient, pairs = best.step, self.gradient, []
+        for _ in range(_FOLLOWING):
+            before, gradient = gradient, self.objective.gradient(self.theta + best.step)
+            change = gradient - before
+            along = float(step @ change)
+            if along > 0:  # else the matrix would not stay positive definite
+                pairs.append((step, change, along))
+            x = -_quasi_newton(factorization, pairs, gradient)
+            rows = _Steps([((1.0, best.step), (a, x)) for a in _FOLLOWING_LENGTHS])
+            found = self.best_of(_Candidates(rows, [best.damping] * len(rows), [*_FOLLOWING_LENGTHS]))
+            if not found.value < best.value:
+                break
+            step, best = found.length * x, found._replace(length=best.length)
+        return best
+
     def last_digits(self) -> _Trial | None:
         """Newton's step, undamped, where it promises less than f can show: taken if f stays and ‖g‖ falls."""
         candidates = self.hessian_steps([_LEAST_DAMPING])
@@ -706,7 +745,7 @@ class _Step:
             return None
         value = float(self.objective((self.theta + x)[None]))
         flat = value <= self.before + _ROUNDING * abs(self.before)
-        if flat and self.objective.gradient_norm(self.theta + x) < self.gradient_norm:
+        if flat and float(torch.linalg.vector_norm(self.objective.gradient(self.theta + x))) < self.gradient_norm:
             return _Trial(value, x, 0.0, 1.0)
         return None
 
@@ -887,15 +926,36 @@ class _Step:
         """x by a factorization for each λ; left out where the matrix is not positive definite, or solved badly."""
         found = {}
         for damping in dampings:
-            layers, shift = self.damped_layers(curvature, damping)
-            H = self.dense_hessian() if curvature == "hessian" and layers is self.curvature_layers else None
-            factorization = _definite_factorization(layers, shift, H)
+            factorization = self.factorized(curvature, damping)
             if factorization is None:
                 continue
             x, residual = factorization._refined(-self.gradient[:, None], _SOLVE_RTOL)
             if float(residual) <= _SOLVE_RTOL:  # else this λ is too small for float64, and a larger one is tried
                 found[damping] = x[:, 0]
         return self.candidates(list(found), list(found.values())) if found else None
+
+    def factorized(self, curvature: str, damping: float) -> HessianFactorization | None:
+        """Its matrix at λ, the last one kept; None where it is not positive definite."""
+        if self._factorized is None or self._factorized[:2] != (curvature, damping):
+            self._factorized = None  # one at a time in memory
+            layers, shift = self.damped_layers(curvature, damping)
+            H = self.dense_hessian() if curvature == "hessian" and layers is self.curvature_layers else None
+            self._factorized = (curvature, damping, _definite_factorization(layers, shift, H))
+        return self._factorized[2]
+
+
+def _quasi_newton(
+    factorization: HessianFactorization, pairs: Sequence[tuple[Tensor, Tensor, float]], v: Tensor
+) -> Tensor:
+    """B⁻¹v (P,), B the factored matrix after a BFGS update by each (s, y, sᵀy > 0), y the gradient's change along s."""
+    v, parts = v.clone(), []
+    for s, y, along in reversed(pairs):
+        parts.append(float(s @ v) / along)
+        v.sub_(y, alpha=parts[-1])
+    v = factorization._direct(v[:, None])[:, 0]
+    for (s, y, along), part in zip(pairs, reversed(parts), strict=True):
+        v.add_(s, alpha=part - float(y @ v) / along)
+    return v
 
 
 def _search_kind(group: dict, of_batch: bool) -> str:

@@ -727,6 +727,43 @@ def test_polishing_steps_solve_their_system():
     assert relative(product + g, g) < 1e-6
 
 
+def test_quasi_newton_steps_are_those_of_bfgs():
+    """−B⁻¹v with B the factored matrix after the updates B ← B − B s sᵀB / sᵀB s + y yᵀ / sᵀy, here dense."""
+    case, c = Case((6, 4, 7), 9), 3.0
+    model, x, y = case.build()
+    B = dense_objective_hessian(model, x, y, c)
+    assert torch.linalg.eigvalsh(B)[0] > 0
+    P, pairs, closure = len(B), [], closure_of(model, x, y)
+    closure()
+    factorization = newton._definite_factorization(compute_layer_derivatives(model), c)
+    for s, v in zip(random_vector(P, 3).T, random_vector(P, 4).T, strict=False):
+        y = B @ s + (0.1 * v @ s) * v
+        pairs.append((s, y, float(s @ y)))
+    for s, y, along in pairs:
+        B = B - torch.outer(B @ s, B @ s) / (s @ B @ s) + torch.outer(y, y) / along
+    v = random_vector(P, 5)[:, 4]
+    exact = torch.linalg.solve(B, v)
+    assert relative(newton._quasi_newton(factorization, pairs, v) - exact, exact) < 1e-9
+
+
+def test_a_deep_minimum_takes_few_factorizations(monkeypatch):
+    """What one factorization gives is followed by quasi-Newton steps: without them it takes twice as many and more."""
+
+    def steps(following: int, at_most: int) -> int:
+        monkeypatch.setattr(newton, "_FOLLOWING", following)
+        model, x, y = Case((6,) * 7, 20, inputs=4).build()
+        optimizer = DampedNewton(model, weight_decay=1e-3)
+        for step in range(at_most):
+            optimizer.step(closure_of(model, x, y))
+            if optimizer.converged:
+                assert optimizer.report.certified
+                return step
+        return at_most
+
+    ours = steps(newton._FOLLOWING, 100)
+    assert ours < 100 and steps(0, 2 * ours) == 2 * ours
+
+
 def test_second_order_correction():
     """−½ (JᵀΛJ + λI)⁻¹ JᵀΛ s₂ with s₂ by torch.func along x: to 2 %, the error of the one-sided difference."""
     case, damping = Case((6, 4), 9, loss="mse"), 300.0
@@ -812,6 +849,19 @@ def test_a_strict_saddle_is_left():
     assert optimizer.report.objective < 0.1 * report.objective
 
 
+def test_a_saddle_is_left_where_the_gradient_is_small_only():
+    """‖g‖ is above gtol, but a step along −g lowers f by nothing that can be seen."""
+    model, x, y = saddle()
+    with torch.no_grad():
+        model.layers[2].bias += 1e-10
+    optimizer = DampedNewton(model)
+    optimizer.state[optimizer.param_groups[0]["params"][0]].update(polishing=True, decrease=0.0, gradient_norm=math.inf)
+    optimizer.step(closure_of(model, x, y))
+    report = optimizer.report
+    assert 1e-12 < report.gradient_norm < 1e-9
+    assert report.method == "saddle" and report.accepted and report.new_objective < report.objective - 1e-3
+
+
 def test_gauss_newton_alone_stays_on_a_saddle_and_says_so():
     model, x, y = saddle()
     optimizer, before = DampedNewton(model, curvature="gauss_newton"), parameters_of(model)
@@ -858,7 +908,8 @@ def test_a_step_that_finds_nothing_changes_nothing(options, poison, monkeypatch)
     poison_trials(monkeypatch, None)
     for _ in range(3):
         optimizer.step(closure_of(model, x, y))
-    assert optimizer.report.accepted and optimizer.report.new_objective < loss.item()
+    assert optimizer.report.accepted or optimizer.converged
+    assert model(x, y).item() < loss.item()
 
 
 def test_one_bad_batch_does_not_end_gauss_newton(monkeypatch):
@@ -870,7 +921,7 @@ def test_one_bad_batch_does_not_end_gauss_newton(monkeypatch):
         poison_trials(monkeypatch, math.nan if step == 2 else None)
         optimizer.step(closure_of(model, x, y))
         methods.append(optimizer.report.method)
-    assert methods[2] == "gauss_newton" and methods[-1] == "gauss_newton", methods
+    assert methods[2] == "gauss_newton" and methods[4] == "gauss_newton", methods
 
 
 RESUMED = (
