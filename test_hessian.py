@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hessian
+import hessian_carried
 import hessian_costs
 import hessian_linear_algebra
 from hessian import (
@@ -522,7 +523,7 @@ def test_many_class_pivot(batch, loss):
         for damping in (1.0, 1e-2, 1e-4, -0.003):
             A = dense_hessian(case) + damping * torch.eye(len(v), dtype=torch.float64)
             sweep = hessian._Sweep(layers, [damping] * len(layers), None, True)
-            assert isinstance(next(sweep.downward()).solver, hessian.ManyClassPivot)
+            assert isinstance(next(sweep.downward()), hessian.ManyClassPivot)
             x = sweep.solve(v)
             assert relative(A @ x - v, v) <= 1e-5
             x = x + sweep.solve(v - A @ x)
@@ -1109,7 +1110,10 @@ def test_singular_systems_raise():
     # few samples, tiny damping: where the sweep fails, as it does without carried pivots, the dense route is named
     few, tracked = tracked_loss(UNCARRIED)
     w = random_vector(num_parameters(few))
-    with mock.patch.object(hessian, "_GROWTH", math.inf), pytest.raises(SingularHessianError, match="route='dense'"):
+    with (
+        mock.patch.object(hessian_carried, "_GROWTH", math.inf),
+        pytest.raises(SingularHessianError, match="route='dense'"),
+    ):
         factorize_hessian(few, tracked, 1e-8, route="sweep").solve(w, rtol=1e-7)
     factorize_hessian(few, tracked, 1e-8, route="dense").solve(w, rtol=1e-7)
     # what float64 can't reach names an rtol that does
@@ -1184,7 +1188,7 @@ def test_natural_scales(batch, residual):
     model, x, y = Case((6, 4, 4, 7), batch, residual=residual).build()
     model(x, y, track_activations=True)
     layers = compute_layer_derivatives(model)
-    formed = hessian._form(layers)
+    formed = hessian_carried.form(layers)
     pairs = list(zip(layers, formed.reduced, strict=True))
     couplings = [(layer.adjoint.abs().max() / reduced.rows.abs().max()).item() for layer, reduced in pairs]
     assert formed.scales[0] == 0.0
@@ -1215,7 +1219,7 @@ def test_carried_pivots_are_needed():
     v = random_vector(num_parameters(model))
     H = hessian_vector_product(model, loss, torch.eye(len(v), dtype=torch.float64))
     negative = int((torch.linalg.eigvalsh((H + H.T) / 2) < -1e-8).sum())
-    with mock.patch.object(hessian, "_GROWTH", math.inf):
+    with mock.patch.object(hessian_carried, "_GROWTH", math.inf):
         plain = factorize_hessian(model, loss, 1e-8, route="sweep")
     with pytest.raises(SingularHessianError):
         plain.solve(v, rtol=1e-2)
@@ -1335,8 +1339,9 @@ def test_checkpointed_layers(batch):
         assert torch.equal(kept.solve(v, rtol=None), checkpointed.solve(v, rtol=None))
         assert kept.logabsdet == checkpointed.logabsdet
         if damping == 1e4:
-            assert len(checkpointed._factor._segments) == 5
-            assert reachable_bytes(checkpointed._factor._segments) < 0.4 * reachable_bytes(kept._factor)
+            segments = checkpointed._factor._checkpoints.segments
+            assert len(segments) == 5
+            assert reachable_bytes(*segments.values()) < 0.4 * reachable_bytes(kept._factor)
             once = counted_operations(lambda: factorize_hessian(model, loss, 1e4, route="sweep"))  # noqa: B023
             direct = counted_operations(lambda f=checkpointed: f.solve(v, rtol=None))
             assert direct <= 2.05 * once
