@@ -106,7 +106,7 @@ from hessian_costs import (
 from hessian_factorization import CertifiedFactorization, undamped_failure
 from hessian_linear_algebra import BLOCK, SymmetricFactor, factor_symmetric, minimum_norm, mirror, subtract_gram
 from hessian_many_classes import ManyClassPivot
-from hessian_reduced import Reduced, join, split
+from hessian_reduced import Reduced, alike, join, split
 
 __all__ = [
     "ACTIVATIONS",
@@ -382,19 +382,21 @@ def _modified(
 def _blocks(layers: Sequence[LayerDerivatives], v: Tensor) -> list[Tensor]:
     """(P, k) → one (k, a, d) a layer, the bias as last column: model.parameters() has each weight, then its bias."""
     blocks, rest = [], v.mT.contiguous()  # (k, P)
-    for layer in layers:
-        (a, width), d = layer.weight.shape, layer.inputs.shape[1]
-        weight, bias, rest = rest.tensor_split((a * width, a * d), 1)
-        blocks.append(torch.cat([weight.unflatten(1, (a, width)), bias.unflatten(1, (a, d - width))], 2))
+    for members in alike(layers):
+        (a, width), d, g = layers[members[0]].weight.shape, layers[members[0]].inputs.shape[1], len(members)
+        these, rest = rest.tensor_split((g * a * d,), 1)
+        weight, bias = these.unflatten(1, (g, a * d)).movedim(1, 0).tensor_split((a * width,), 2)  # (g, k, ·)
+        blocks += torch.cat([weight.unflatten(2, (a, width)), bias.unflatten(2, (a, d - width))], 3)
     return blocks
 
 
 def _flatten(layers: Sequence[LayerDerivatives], blocks: Sequence[Tensor]) -> Tensor:
     """The inverse of `_blocks`: one (k, a, d) a layer → (P, k)."""
     pieces = []
-    for layer, block in zip(layers, blocks, strict=True):
-        weight, bias = block.tensor_split((layer.weight.shape[1],), 2)
-        pieces += [weight.flatten(1), bias.flatten(1)]
+    for members in alike(layers):
+        together = torch.stack([blocks[i] for i in members], 1)  # (k, g, a, d)
+        weight, bias = together.tensor_split((layers[members[0]].weight.shape[1],), 3)
+        pieces.append(torch.cat([weight.flatten(2), bias.flatten(2)], 2).flatten(1))
     return torch.cat(pieces, 1).mT
 
 
@@ -491,22 +493,22 @@ class _CostToGo(NamedTuple):
 
 
 class _DensePivot(NamedTuple):
-    """G = F Σ Fᵀ of Y and what waited, and the whitened coupling F⁻¹B, of which everything else is made."""
+    """G = F Σ Fᵀ of Y and what waited, and the whitened coupling ΣF⁻¹B, of which everything else is made."""
 
     factor: SymmetricFactor
-    coupling: Tensor | None  # (m, n′) F⁻¹B, the carried rows of it zero; None in layer 1
+    coupling: Tensor | None  # (m, n′) ΣF⁻¹B, the carried rows of it zero; None in layer 1
     carried: Carried | None
 
     def backward(self, q: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """From q (k, m): what `forward` needs of it, BᵀG⁻¹q (k, n′), and the linear terms of what is carried."""
         white = self.factor.whiten_vectors(q)
         left = None if self.carried is None else self.carried.take(white)
-        self.factor.sign(white)
-        return white, None if self.coupling is None else white @ self.coupling, left
+        back = None if self.coupling is None else white @ self.coupling
+        return self.factor.sign(white), back, left
 
     def forward(self, white: Tensor, t: Tensor | None, w: Tensor | None) -> Tensor:
         """−G⁻¹(q + B t) for t (k, n′), given what was carried, w (k, k_w)."""
-        e = -white if t is None else self.factor.sign(t @ self.coupling.mT).add_(white).neg_()
+        e = -white if t is None else torch.addmm(white, t, self.coupling.mT, beta=-1, alpha=-1)
         if self.carried is not None:
             self.carried.put(e, w)
         return self.factor.unwhiten_vectors(e)
@@ -571,7 +573,7 @@ def _eliminate_layer(
                 negative -= int((values < 0).sum())
                 logabsdet -= float(values.abs().log().sum())
                 perpendicular -= len(waiting.values) - len(values)
-            subtract_gram(P, W, factor.signs)
+            W = subtract_gram(P, W, factor.signs)
         pivot = _DensePivot(factor, W, carried)
     if epsilon < 0:
         negative += perpendicular
@@ -737,7 +739,7 @@ class _Sweep:
             states.append(state)
             if index == 0:
                 break
-            back = back.unflatten(1, (len(layer.inputs), -1))  # (k, N, a′)
+            back = back.unflatten(1, (-1, layer.weight.shape[1]))  # (k, N, a′)
             below = -back if p is None else _with_skip(layer.skip, slope_p @ layer.weight - back, p)
             if outside[index] is not None:
                 pull = coupled[index]
@@ -749,11 +751,13 @@ class _Sweep:
         pivot = None  # its memory is used again
         Y, inputs, t, w, carried = [], [], None, None, {}
         for index, (pivot, state) in enumerate(zip(self.upward(), reversed(states), strict=True)):
-            layer, rows, a = layers[index], reduced[index].rows, len(layers[index].weight)
+            layer, rows = layers[index], reduced[index].rows
             solved = pivot.forward(state, None if t is None else t.flatten(1), w)  # (k, r a and what waited)
             if pivot.carried is not None and pivot.carried.left is not None:
                 carried[index] = pivot.carried, w
-            y, w = solved[:, : rows.shape[1] * a].unflatten(1, (-1, a)), solved[:, rows.shape[1] * a :]  # y: (k, r, a)
+            r, a = rows.shape[1], layer.weight.shape[0]
+            y, w = solved.tensor_split((r * a,), 1)
+            y = y.unflatten(1, (r, a))  # (k, r, a)
             Y.append(y.mT)
             inputs.append(t)
             s = rows @ y if t is None else rows @ y + t @ layer.weight.mT  # z̃ X⊥ᵀ = 0

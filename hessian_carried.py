@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hessian import LayerDerivatives
 
 _TINY = 1e-30  # keeps 0/0 out
+_TOGETHER = 2**16  # natural sizes are computed for layers of one shape together, up to so many numbers
 _GROWTH = 1e4  # a pivot that would add more than so many times the cost-to-go's natural size to it is carried
 
 
@@ -41,41 +42,42 @@ class Formed(NamedTuple):
 
 def form(layers: Sequence[LayerDerivatives]) -> Formed:
     reduced = reduced_inputs(layers)
-    norms = torch.stack([torch.linalg.vector_norm(layer.adjoint) for layer in layers])
+    adjoints = (torch.stack([layers[i].adjoint for i in members]) for members in alike(layers))
+    norms = torch.cat([torch.linalg.vector_norm(adjoint, dim=(1, 2)) for adjoint in adjoints])
     return Formed(reduced, _natural_scales(layers, reduced), norms.tolist())
 
 
 def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[Reduced]) -> list[float]:
     """The largest entry of the Hessian of the loss in t_{ℓ-1}, that is of the cost-to-go with nothing eliminated, and
-    with the couplings λ of this layer and those above counted in as curvatures.
+    with the couplings λ of this layer and those above counted in as curvatures, c I.
 
-    With nothing eliminated samples don't mix: P (N, a, a), one pass down of O(N a³) a layer.
+    With nothing eliminated samples don't mix: P (N, a, a), one pass down of O(N a³) a layer,
+
+        P ← TᵀP T + Wᵀdiag(β φ″)W + c I,    T = φ′W + σI
     """
-    couplings = []
-    for members in alike(layers):
-        adjoint, R = (
-            torch.stack(x) for x in zip(*((layers[i].adjoint, reduced[i].rows) for i in members), strict=True)
-        )
-        couplings += adjoint.abs().amax((1, 2)) / R.abs().amax((1, 2)).clamp_min(_TINY)
-    extremes, P = [], None
-    for layer, coupling in zip(reversed(layers[1:]), reversed(couplings[1:]), strict=True):
-        W = layer.weight
-        if layer.output is not None:
-            below = W.mT @ layer.output.times(W)
-        else:
-            slope_P = layer.slope[:, :, None] * P
-            K = slope_P * layer.slope[:, None, :]
-            K.diagonal(dim1=1, dim2=2).add_(layer.curvature)
-            below = W.mT @ (K @ W)
-            if layer.skip:
-                cross = W.mT @ slope_P
-                below = below + layer.skip * (cross + cross.mT) + layer.skip**2 * P
-        below.diagonal(dim1=1, dim2=2).add_(coupling)
-        extremes += torch.aminmax(below)
-        P = below
-    if not extremes:
+    if len(layers) == 1:
         return [0.0]  # below layer 1 there is nothing
-    return [0.0, *torch.stack(extremes[::-1]).abs().view(-1, 2).amax(1).tolist()]
+    layers, reduced = layers[1:], reduced[1:]
+    largest, P = [], None
+    for members in reversed(list(alike(layers, _TOGETHER))):
+        weight, slope, curvature, adjoint = (
+            torch.stack([getattr(layers[i], name) for i in members])
+            for name in ("weight", "slope", "curvature", "adjoint")
+        )
+        rows = torch.stack([reduced[i].rows for i in members])
+        coupling = adjoint.abs().amax((1, 2)) / rows.abs().amax((1, 2)).clamp_min(_TINY)
+        W = weight[:, None]
+        T = slope[..., None] * W  # (g, N, a, a′)
+        T.diagonal(dim1=2, dim2=3).add_(W.new_tensor([layers[i].skip for i in members])[:, None, None])
+        below = W.mT @ (curvature[..., None] * W)  # (g, N, a′, a′)
+        below.diagonal(dim1=2, dim2=3).add_(coupling[:, None, None])
+        for layer, T_l, P_below in reversed(list(zip((layers[i] for i in members), T, below, strict=True))):
+            if layer.output is not None:
+                P = P_below.add_(layer.weight.mT @ layer.output.times(layer.weight))
+            else:
+                P = P_below.baddbmm_(T_l.mT, torch.bmm(P, T_l))
+        largest.append(below.abs().amax((1, 2, 3)))
+    return [0.0, *torch.cat(largest[::-1]).tolist()]
 
 
 class Waiting(NamedTuple):

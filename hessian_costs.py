@@ -95,7 +95,7 @@ def layer_operations(shapes: Sequence[LayerShape], index: int, N: int, many_clas
 
 def natural_operations(shapes: Sequence[LayerShape], N: int) -> float:
     """Of the natural sizes of all costs-to-go, before a sweep."""
-    hidden = sum(2 * N * x.width * x.a * (x.a + x.width) for x in shapes[1:-1])  # K W, Wᵀ K W
+    hidden = sum(2 * N * x.width * x.a * (x.a + 2 * x.width) for x in shapes[1:-1])  # P T, TᵀP T, Wᵀdiag(β φ″)W
     return hidden + (2 * N * shapes[-1].width ** 2 * shapes[-1].a if len(shapes) > 1 else 0)  # Wᵀ Λ W
 
 

@@ -98,7 +98,7 @@ def factor_symmetric(
     eigenvalues may be near 0 though G has none. From there on they are chosen in all that is left; in float32, which
     has no digits to lose, from the first block that is not positive definite.
     """
-    m = len(G)
+    m = G.shape[0]  # len(G) takes ten times as long
     if m <= BLOCK:
         block = _factor_block(G, definite_only, definite_first)
         if block is None:
@@ -249,7 +249,7 @@ def _converted(packed: np.ndarray, first: np.ndarray, interchanges: np.ndarray) 
 
 def _pivoted(G: np.ndarray) -> _Pivoted | None:
     """None where a pivot is exactly zero, or not finite."""
-    packed, pivots, info = _lapack("sytrf", G)(G.copy().T, lower=1, lwork=64 * len(G), overwrite_a=1)
+    packed, pivots, info = _lapack("sytrf", G)(G.T, lower=1, lwork=64 * len(G))
     if info != 0:
         return None
     D = packed.diagonal().copy()
@@ -287,7 +287,7 @@ def _factor_block(block: Tensor, definite_only: bool, definite_first: bool) -> _
     G = block.numpy(force=True)
     inverse = np.eye(len(G), dtype=G.dtype).T
     if definite_first or definite_only:
-        L, info = _lapack("potrf", G)(G.copy().T, lower=1, overwrite_a=1, clean=0)
+        L, info = _lapack("potrf", G)(G.T, lower=1, clean=0)
         if info == 0:
             logabsdet = 2 * float(np.log(L.diagonal()).sum())
             if not math.isfinite(logabsdet):
@@ -331,16 +331,18 @@ def _factor_rest(rest: Tensor) -> SymmetricFactor | None:
     return SymmetricFactor(matrix, edges, order.long(), signs, found.num_negative, found.logabsdet)
 
 
-def subtract_gram(P: Tensor, W: Tensor, signs: Tensor | None) -> None:
+def subtract_gram(P: Tensor, W: Tensor, signs: Tensor | None) -> Tensor:
     """P ← P − Wᵀ Σ W in the lower triangle of P (n, n), in place, for W (m, n) and the diagonal of Σ (m, 1), or None
-    for Σ = I. Where P is small, in all of it, which is faster there."""
-    if len(P) <= BLOCK:
-        P.addmm_((W if signs is None else signs * W).mT, W, alpha=-1)
-        return
+    for Σ = I. Where P is small, in all of it, which is faster there. Returns Σ W, elsewhere in W's memory."""
+    if P.shape[0] <= BLOCK:
+        signed = W if signs is None else signs * W
+        P.addmm_(signed.mT, W, alpha=-1)
+        return signed
     for start in range(0, len(P), BLOCK):
         stop = min(start + BLOCK, len(P))
         columns = W[:, start:stop]
         P[start:stop, :stop].addmm_((columns if signs is None else signs * columns).mT, W[:, :stop], alpha=-1)
+    return W if signs is None else W.mul_(signs)
 
 
 def largest_entry(P: Tensor) -> Tensor:
@@ -350,7 +352,7 @@ def largest_entry(P: Tensor) -> Tensor:
 
 def mirror(P: Tensor) -> None:
     """Copy the lower triangle, as `subtract_gram` leaves it, to the upper one."""
-    if len(P) <= BLOCK:
+    if P.shape[0] <= BLOCK:
         return
     for start in range(0, len(P), BLOCK):
         stop = min(start + BLOCK, len(P))

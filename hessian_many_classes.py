@@ -78,10 +78,9 @@ class ManyClassPivot(NamedTuple):
             scale = self.values[chunk].abs().sqrt()[:, None, :]  # (c, 1, r)
             whitening = self.vectors[chunk] / scale
             white = (whitening.mT @ B.flatten(2)).flatten(0, 1)  # (c r, n′)
-            subtract_gram(P, white, self.values[chunk].sign().view(-1, 1))
+            signed = subtract_gram(P, white, self.values[chunk].sign().view(-1, 1))
             if self.capacitance is not None:
                 U = layer.output.rank_one[:, chunk].mT[:, :, None] * R  # (c, N, r)
-                signed = white * self.values[chunk].sign().view(-1, 1)
                 correction += (U @ whitening).transpose(0, 1).flatten(1) @ signed
         if self.capacitance is not None:
             values, vectors = self.capacitance

@@ -23,11 +23,15 @@ if TYPE_CHECKING:
     from hessian_carried import Carried
 
 
-def alike(layers: Sequence[LayerDerivatives]) -> Iterator[list[int]]:
-    """Indices of neighbouring layers of one shape: what no recursion needs is computed for all of them at once."""
+def alike(layers: Sequence[LayerDerivatives], numbers: int | None = None) -> Iterator[list[int]]:
+    """Indices of neighbouring layers of one shape: what no recursion needs is computed for all of them at once, or for
+    as many of them as have no more than so many numbers in arrays (N, a, a′)."""
     shapes = [(x.weight.shape, x.inputs.shape) for x in layers]
-    for _, members in groupby(range(len(shapes)), key=shapes.__getitem__):
-        yield list(members)
+    for shape, members in groupby(range(len(shapes)), key=shapes.__getitem__):
+        members = list(members)
+        size = len(members) if numbers is None else max(1, numbers // (shape[0].numel() * shape[1][0]))
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
 
 
 class Reduced(NamedTuple):
