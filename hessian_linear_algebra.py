@@ -23,7 +23,8 @@ NULL = 1e-12  # relative to ‖A‖: what `minimum_norm` takes for the null spac
 _MAX_REFINEMENTS = 40
 _PATIENCE = 5  # refinement above rtol goes on while the residual halves in this many steps
 _MAX_DIRECTIONS = 20  # GCR combines a correction with at most so many earlier ones
-_SHIFTS = (1e-7, 1e-8)  # relative to ‖A‖; the larger resolves fewer eigenvalues, and loses fewer digits
+_SHIFTS = (1e-8, 1e-10)  # relative to ‖A‖; the smaller resolves more eigenvalues, and its solves take more steps
+_SHIFTED_RTOL = 1e-8  # of solves with A + δI: at the larger shift in one direct solve, or two
 
 
 class SymmetricFactor(NamedTuple):
@@ -469,8 +470,9 @@ def minimum_norm(
     """The minimum-norm x with A x = v for a singular symmetric A, v (P, k) in its range; see `residual` for success.
 
     Outer: GCR on A, preconditioned by (A + δI)⁻¹ with a small shift δ, which leaves the range of A invariant. Inner:
-    each of these solves is itself refined on A + δI, since rounding in the null space, which A can't see, is
-    amplified by 1/δ; and the outer iteration stops short of the rounding level, where a residual is null-space noise.
+    each of these solves is itself refined on A + δI to _SHIFTED_RTOL, since rounding in the null space, which A can't
+    see, is amplified by 1/δ; and the outer iteration stops short of the rounding level, where a residual is null-space
+    noise.
     A part of v outside the range, if rtol lets it pass, is amplified likewise; x is freed of it at the end.
     """
     if not bool(v.any()):
@@ -482,7 +484,7 @@ def minimum_norm(
         shifted = factor_shifted(shift * norm)
 
         def precondition(r: Tensor, shifted: Shifted = shifted) -> Tensor:
-            return refine(shifted._product, shifted._direct, r, rtol).x
+            return refine(shifted._product, shifted._direct, r, rtol, target=_SHIFTED_RTOL).x
 
         def near_null(y: Tensor, solve: Callable = precondition, delta: float = shift * norm) -> Tensor:
             return delta * solve(delta * solve(y))  # (δ(A + δI)⁻¹)² leaves what lies where |μ| ≲ δ
@@ -493,8 +495,9 @@ def minimum_norm(
         x, residual = solve_range(v)
         if bool((residual <= rtol).all()):
             # take out all of x that is near the null space, and solve for what A sees of that, and of what is left of v
-            near, r = near_null(x), v - product(x)
-            cleaned = x - near + solve_range(product(near) + r - near_null(r)).x
+            r = v - product(x)
+            near_x, near_r = near_null(torch.cat([x, r], 1)).chunk(2, 1)
+            cleaned = x - near_x + solve_range(product(near_x) + r - near_r).x
             cleaned_residual = column_norms(v - product(cleaned)) / torch.where(v.any(0), column_norms(v), 1.0)
             x = torch.where(cleaned_residual <= rtol, cleaned, x)
             residual = torch.where(cleaned_residual <= rtol, cleaned_residual, residual)

@@ -431,6 +431,27 @@ def test_undamped_on_the_gradient(case):
         assert relative(x - pseudo_inverse, pseudo_inverse) <= 1e-6
 
 
+def test_undamped_solves_are_few():
+    """One factorization and a dozen sweeps where the spectrum has a gap; deep nets, which have a continuum of tiny
+    eigenvalues, are solved too, at a second, smaller shift."""
+    direct = hessian.HessianFactorization._direct
+    for case, factorizations, sweeps in (
+        (Case((6, 4, 7), 3), 1, 12),
+        (Case((6, 4, 7), 15), 1, 12),
+        (Case((5, 5, 4), 9, residual=True), 1, 12),
+        (Case((16, 12, 14), 3, "relu", inputs=10), 1, 12),
+        (Case((8,) * 19, 8, residual=True, inputs=8), 2, 160),
+        (Case((8, 7) * 14 + (8,), 32, inputs=20, classes=10), 2, 130),
+    ):
+        model, loss = tracked_loss(case)
+        g = gradient(model, loss)
+        with mock.patch.object(hessian.HessianFactorization, "_direct", autospec=True, side_effect=direct) as calls:
+            x = hessian_inverse_vector_product(model, loss, g)
+        assert relative(hessian_vector_product(model, loss, x) - g, g) <= 1e-9
+        assert len({id(call.args[0]) for call in calls.call_args_list}) <= factorizations
+        assert calls.call_count <= sweeps
+
+
 def test_undamped_grid_has_gaps():
     """So that the test above checks minimum-norm solutions: some of its cases have the gap."""
     gaps = 0
