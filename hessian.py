@@ -67,6 +67,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -103,7 +104,7 @@ from hessian_costs import (
     prefers_many_classes,
     shapes_of_layers,
 )
-from hessian_factorization import CertifiedFactorization, undamped_failure
+from hessian_factorization import CertifiedFactorization, Factor, undamped_failure
 from hessian_linear_algebra import BLOCK, SymmetricFactor, factor_symmetric, minimum_norm, mirror, subtract_gram
 from hessian_many_classes import ManyClassPivot
 from hessian_reduced import Reduced, alike, join, split
@@ -768,6 +769,7 @@ class _Sweep:
 # ------------------------------------------------------------------------------------------ factor and solve
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class HessianFactorization(CertifiedFactorization):
     """H + εI + (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ, or with JᵀΛJ for H, factored at one batch and one set of parameters; see
     `factorize_hessian`. Where this class says H + εI, it means that matrix.
@@ -781,20 +783,29 @@ class HessianFactorization(CertifiedFactorization):
         return _product(self._layers, v) + _damping_vector(self._layers, self._epsilons) * v
 
     @staticmethod
-    def _factored(layers, epsilons, route, formed, *, precision, solvable, checkpoint_layers, definite_only):
+    def _factored(
+        layers: tuple[LayerDerivatives, ...],
+        rounded: tuple[LayerDerivatives, ...],
+        epsilons: tuple[float, ...],
+        route: str,
+        formed: object,
+        *,
+        solvable: bool,
+        checkpoint_layers: bool,
+        definite_only: bool,
+    ) -> tuple[Factor, object]:
         shapes, N = shapes_of_layers(layers), len(layers[0].inputs)
-        factored = tuple(map(_in_float32, layers)) if precision == "mixed" else layers
         if route == "dense":
             formed = _dense_hessian(layers, num_parameters(shapes)) if formed is None else formed
-            G = formed.to(factored[0].weight.dtype, copy=True)
+            G = formed.to(rounded[0].weight.dtype, copy=True)
             return _factor_dense(G, layers, epsilons, definite_only), formed
         if route == "gram":
             from hessian_gram import GramFactor  # it is made of this module's layers and products
 
-            factor = GramFactor(factored, epsilons, formed)
+            factor = GramFactor(rounded, epsilons, formed)
         else:
             factor = _Sweep(
-                factored,
+                rounded,
                 epsilons,
                 formed,
                 prefers_many_classes(shapes, N),
@@ -806,13 +817,6 @@ class HessianFactorization(CertifiedFactorization):
 
 
 _factorize = HessianFactorization.of_layers
-
-
-def _in_float32(layer: LayerDerivatives) -> LayerDerivatives:
-    output = layer.output and layer.output._replace(diagonal=layer.output.diagonal.float())
-    penalty = None if layer.penalty is None else layer.penalty.float()
-    tensors = {name: getattr(layer, name).float() for name in LayerDerivatives._fields[:5]}
-    return layer._replace(output=output, penalty=penalty, **tensors)
 
 
 def _factor_dense(

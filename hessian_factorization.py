@@ -1,5 +1,5 @@
 """What a factorization is beside its factor: the route taken, certified solves, other dampings, the trial of a float32
-factor, and what is said where a solve fails. Products and factors are hessian.py's; of the layers it knows the shapes.
+factor, and what is said where a solve fails. Products and factors are hessian.py's.
 """
 
 from __future__ import annotations
@@ -74,16 +74,17 @@ class CertifiedFactorization(ABC):
     @abstractmethod
     def _factored(
         layers: tuple[LayerDerivatives, ...],
+        rounded: tuple[LayerDerivatives, ...],
         epsilons: tuple[float, ...],
         route: str,
         formed: object,
         *,
-        precision: str,
         solvable: bool,
         checkpoint_layers: bool,
         definite_only: bool,
     ) -> tuple[Factor, object]:
-        """The factor by `route`, and what that formed. not solvable: for the counts alone."""
+        """The factor by `route`, in the precision of the rounded layers, and what that formed. not solvable: for the
+        counts alone."""
 
     @classmethod
     def of_layers(
@@ -120,15 +121,16 @@ class CertifiedFactorization(ABC):
             formed=formed is not None,
             may_mix=not fell_back,
         )
-        device, factor, result = layers[0].weight.device, None, None
+        rounded = tuple(map(_in_float32, layers)) if precision == "mixed" else layers
+        factor = result = None
         try:
-            with one_pool(device):
+            with one_pool(layers[0].weight.device):
                 factor, formed = cls._factored(
                     layers,
+                    rounded,
                     epsilons,
                     route,
                     formed,
-                    precision=precision,
                     solvable=keep == "solve",
                     checkpoint_layers=checkpoint_layers,
                     definite_only=definite_only,
@@ -162,7 +164,7 @@ class CertifiedFactorization(ABC):
             )
             if precision == "float64" or keep == "inertia" or result._probe():
                 return result
-        del result, factor, formed  # before the second factor takes their memory
+        del result, factor, rounded, formed  # before the second factor takes their memory
         return cls.of_layers(
             layers,
             damping,
@@ -306,6 +308,13 @@ class CertifiedFactorization(ABC):
                 advice = f"Pass {changes}{where}{kept} (tried: it reaches {residual.max():.0e})"
                 break
         return advice + (f", or rtol={2 * worst:.1e} to accept this answer" if worst < 0.4 else "")
+
+
+def _in_float32(layer: LayerDerivatives) -> LayerDerivatives:
+    output = layer.output and layer.output._replace(diagonal=layer.output.diagonal.float())
+    penalty = None if layer.penalty is None else layer.penalty.float()
+    tensors = {name: getattr(layer, name).float() for name in layer._fields[:5]}
+    return layer._replace(output=output, penalty=penalty, **tensors)
 
 
 def undamped_failure(found: MinimumNorm, v: Tensor, rtol: float, dtype: torch.dtype) -> str:
