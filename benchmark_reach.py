@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import hessian
+import hessian_carried
 from benchmark import Panel, Problem, draw, table, write
 from hessian import DeepMLPWithTracking, HessianFactorization, SingularHessianError, hessian_vector_product
 
@@ -97,11 +97,11 @@ def standardized_digits(samples: int) -> tuple[Tensor, Tensor]:
 @contextlib.contextmanager
 def nothing_carried() -> Iterator[None]:
     """The sweep without its safeguard: no pivot is too near 0 for it."""
-    bound, hessian._GROWTH = hessian._GROWTH, math.inf
+    bound, hessian_carried._GROWTH = hessian_carried._GROWTH, math.inf
     try:
         yield
     finally:
-        hessian._GROWTH = bound
+        hessian_carried._GROWTH = bound
 
 
 def relative(A: Tensor, x: Tensor, v: Tensor) -> float:

@@ -38,11 +38,7 @@ all of it. B enters as F⁻¹B alone (a congruence), and no pivot is ever change
 all Σ are the inertia of H + εI, and its determinant is the product of theirs.
 
 Carried pivots. G is a Schur complement of layers ℓ … L alone: where it has an eigenvalue near 0 that couples strongly,
-eliminating it would swamp P with digits of no use, though H + εI is no worse. Such coordinates w of Y, and parts of X⊥,
-whose pivot is ε, are left to the layer below. P is then a quadratic in t and w, and the next pivot that of Y and w:
-
-    ½ [t; w]ᵀ [[P, bᵀ], [b, diag(d)]] [t; w]      [[εI + JᵀK J, JᵀK_tw], [·, diag(d)]]      K_tw = φ′bᵀ
-    coupling    [S + JᵀK A; K_wt A + σb]
+its coordinates are left to the layer below, which eliminates them with its own (hessian_carried.py).
 
 State damping. With μ > 0, x is also charged for the change of pre-activations it causes, averaged over the batch:
 (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ is added to H, S_ℓ x = s_ℓ. That is D ← D + μ/N in the hidden layers, and nothing else changes.
@@ -62,8 +58,8 @@ you scale ε. An L2 term ½w‖θ‖² in the loss is damping + w.
 References: A. Rahimi, The Hessian of tall-skinny networks is easy to invert, arXiv 2601.06096 (2025), solves the
 same system without condensing the unit blocks; Pantoja (1988) and Dunn & Bertsekas (1989), Newton's step of a
 multistage problem in linear time; Tassa, Erez & Todorov (2012), state damping in control; Pearlmutter (1994),
-products with H; Bunch & Kaufman (1977), the pivoting; Duff & Reid (1983), delayed pivots; Eisenstat, Elman & Schultz
-(1983), GCR, the residual-minimizing iteration used to refine.
+products with H; Bunch & Kaufman (1977), the pivoting; Eisenstat, Elman & Schultz (1983), GCR, the residual-minimizing
+iteration used to refine.
 """
 
 from __future__ import annotations
@@ -72,59 +68,46 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
-from numbers import Integral, Number
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hessian_activations import ACTIVATIONS, Activation, initialize
+from hessian_carried import Carried, Formed, Waiting, carry, form, with_carried
+from hessian_checkpoints import Checkpoints, Memory
 from hessian_checks import (
     check_choices,
     check_combination,
+    check_inputs,
+    check_kinds,
     check_layers,
     check_loss,
+    check_model,
     check_targets,
+    check_tracked,
     checked_curvature,
     checked_damping,
     checked_nonnegative,
     checked_rtol,
     checked_vector,
-    equal,
+    checked_widths,
 )
 from hessian_costs import (
     DENSE_CHUNK,
-    LayerShape,
     RouteCost,
-    check_memory,
-    count_operations,
     estimate_cost,
-    layer_operations,
-    natural_operations,
     num_parameters,
     prefers_many_classes,
     shapes_of_layers,
 )
-from hessian_linear_algebra import (
-    BLOCK,
-    NULL,
-    UNIT_ROUNDOFF,
-    MinimumNorm,
-    Refined,
-    SymmetricFactor,
-    column_norms,
-    factor_symmetric,
-    minimum_norm,
-    mirror,
-    one_pool,
-    refine,
-    spectral_norm,
-    subtract_gram,
-    unit_columns,
-)
+from hessian_factorization import CertifiedFactorization, Factor, undamped_failure
+from hessian_linear_algebra import BLOCK, SymmetricFactor, factor_symmetric, minimum_norm, mirror, subtract_gram
 from hessian_many_classes import ManyClassPivot
+from hessian_reduced import Reduced, alike, join, split
 
 __all__ = [
     "ACTIVATIONS",
@@ -142,17 +125,7 @@ __all__ = [
     "hessian_vector_product",
 ]
 
-if TYPE_CHECKING:
-    from hessian_gram import GramFactor
-
 Damping = float | tuple[float, ...]
-
-_REFINED_NUMBERS = 2**23  # right-hand sides are refined together up to this many numbers
-# of the trial solve that decides whether a float32 factor will do: its residual, and in how many steps
-_PROBE_RTOL, _PROBE_STEPS = 1e-8, 8
-_TINY = 1e-30  # keeps 0/0 out
-_GROWTH = 1e4  # a pivot that would add more than so many times the cost-to-go's natural size to it is carried
-_DENSE_TRIAL = 3000  # a failed solve tries the dense route for its error message up to this many parameters
 
 
 class SingularHessianError(torch.linalg.LinAlgError):
@@ -211,26 +184,14 @@ class DeepMLPWithTracking(nn.Module):
         loss: str = "cross_entropy",
     ):
         super().__init__()
-        if not isinstance(num_hidden_layers, Integral) or num_hidden_layers < 0:
-            raise ValueError(f"num_hidden_layers must be an integer ≥ 0, got {num_hidden_layers!r}")
-        hidden = [hidden_dim] * num_hidden_layers if isinstance(hidden_dim, Number) else list(hidden_dim)
-        if len(hidden) != num_hidden_layers:
-            raise ValueError(
-                f"hidden_dim has {len(hidden)} widths for num_hidden_layers={num_hidden_layers}: give one int, or one "
-                "width a hidden layer"
-            )
-        widths = [input_dim, *hidden, num_classes]
-        if not all(isinstance(width, Integral) and width >= 1 for width in widths):
-            raise ValueError(f"input_dim, hidden_dim and num_classes must be integers ≥ 1, got {widths}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
-        if loss not in ("cross_entropy", "mse"):
-            raise ValueError(f"unknown loss {loss!r}: choose 'cross_entropy' or 'mse'")
+        widths = checked_widths(input_dim, hidden_dim, num_classes, num_hidden_layers)
+        check_kinds(activation, loss)
         self.activation, self.loss = activation, loss
         self.input_dim, self.num_classes = input_dim, num_classes
         self.layers = nn.ModuleList(nn.Linear(i, o, bias=bias) for i, o in zip(widths, widths[1:], strict=False))
         # σ_ℓ of each layer; the output layer has none
-        self.skips = tuple(float(residual and i == o) for i, o in zip(widths[:-1], hidden, strict=False)) + (0.0,)
+        self.skips = tuple(float(residual and i == o) for i, o in zip(widths[:-1], widths[1:-1], strict=False))
+        self.skips += (0.0,)
         self._tracked: _Tracked | None = None
         self.reset_parameters()
 
@@ -252,12 +213,7 @@ class DeepMLPWithTracking(nn.Module):
         return ACTIVATIONS[self.activation].derivatives(h)
 
     def forward(self, x: Tensor, targets: Tensor | None = None, track_activations: bool = False) -> Tensor:
-        if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[1:].numel() != self.input_dim:
-            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x must be a tensor of shape (N, …) with {self.input_dim} numbers a sample, got {shape}")
-        dtype, autocast = self.layers[0].weight.dtype, torch.is_autocast_enabled(x.device.type)
-        if x.dtype != dtype and not (autocast and x.is_floating_point()):
-            raise TypeError(f"x is {x.dtype} and the model {dtype}: convert x with x.to({dtype}), or the model")
+        check_inputs(self, x)
         z = x = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
         for index, linear in enumerate(self.layers[:-1]):
             z = self.activate(index, linear(z), z)
@@ -271,6 +227,7 @@ class DeepMLPWithTracking(nn.Module):
         if track_activations:
             if loss.device.type == "mps":
                 raise ValueError("the solve needs float64 and mps has none: move the model and the batch to the CPU")
+            autocast = torch.is_autocast_enabled(x.device.type)
             inputs, targets, *parameters = (t.detach().clone() for t in (x, targets, *self.parameters()))
             self._tracked = _Tracked(inputs, targets, weakref.ref(loss), loss.detach().clone(), parameters, autocast)
         return loss
@@ -314,6 +271,10 @@ class OutputHessian(NamedTuple):
         s = s - s.gather(-1, self.diagonal.argmax(-1, keepdim=True).expand(*s.shape[:-1], 1))
         return self.diagonal * (s - (self.diagonal * s).sum(-1, keepdim=True) / self.diagonal.sum(-1, keepdim=True))
 
+    def times(self, weight: Tensor) -> Tensor:
+        """Λ_b W (N, C, a′) for W (C, a′)."""
+        return self.apply(weight.mT.unsqueeze(1)).permute(1, 2, 0)
+
 
 class LayerDerivatives(NamedTuple):
     """What the solve needs of one layer z = f(h) + σ z_{ℓ-1}, h = z̃ W̃ᵀ: everything in float64, detached."""
@@ -339,10 +300,7 @@ def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivati
     `activation_derivatives`. Not checked: that the parameters are those of the tracked loss (the callers check).
     Raises ValueError where nothing was tracked.
     """
-    if not isinstance(model, DeepMLPWithTracking):
-        raise TypeError(f"model must be a DeepMLPWithTracking, got {type(model).__name__}: see USAGE.md to convert one")
-    if model._tracked is None:
-        raise ValueError("no loss was tracked: call model(x, y, track_activations=True) first")
+    check_model(model, DeepMLPWithTracking)
     check_layers(model, DeepMLPWithTracking)
     # forward: z̃, h
     z, targets = model._tracked.inputs.to(torch.float64), model._tracked.targets
@@ -398,22 +356,7 @@ def _activation_derivatives(model: DeepMLPWithTracking, h: Sequence[Tensor]) -> 
 
 def _checked_derivatives(model: DeepMLPWithTracking, loss: Tensor) -> tuple[LayerDerivatives, ...]:
     """The derivatives, after every check that `loss` is the tracked one and still that of the parameters."""
-    if not isinstance(model, DeepMLPWithTracking):
-        raise TypeError(f"model must be a DeepMLPWithTracking, got {type(model).__name__}: see USAGE.md to convert one")
-    tracked = model._tracked
-    if tracked is None or tracked.loss() is not loss:
-        found = "no loss was tracked" if tracked is None else "this is not the loss that the model tracked last"
-        raise ValueError(
-            f"{found}: pass the very tensor that model(x, y, track_activations=True) returned, of the last such call. "
-            "Terms added to it are not seen: for a weight decay ½w‖θ‖² pass the plain loss and damping + w"
-        )
-    parameters = list(model.parameters())
-    if not all(p.requires_grad for p in parameters):
-        raise ValueError("some parameters are frozen (requires_grad=False): H is that of all of them; unfreeze them")
-    if not bool(torch.isfinite(loss)):
-        raise ValueError(f"the loss is {loss.item()}: look for overflow in the inputs or the parameters")
-    if len(parameters) != len(tracked.parameters) or not all(map(equal, parameters, tracked.parameters)):
-        raise ValueError("the parameters changed since the loss was tracked: call the model on the batch again")
+    check_tracked(model, DeepMLPWithTracking, loss)
     return compute_layer_derivatives(model)
 
 
@@ -440,19 +383,21 @@ def _modified(
 def _blocks(layers: Sequence[LayerDerivatives], v: Tensor) -> list[Tensor]:
     """(P, k) → one (k, a, d) a layer, the bias as last column: model.parameters() has each weight, then its bias."""
     blocks, rest = [], v.mT.contiguous()  # (k, P)
-    for layer in layers:
-        (a, width), d = layer.weight.shape, layer.inputs.shape[1]
-        weight, bias, rest = rest.tensor_split((a * width, a * d), 1)
-        blocks.append(torch.cat([weight.unflatten(1, (a, width)), bias.unflatten(1, (a, d - width))], 2))
+    for members in alike(layers):
+        (a, width), d, g = layers[members[0]].weight.shape, layers[members[0]].inputs.shape[1], len(members)
+        these, rest = rest.tensor_split((g * a * d,), 1)
+        weight, bias = these.unflatten(1, (g, a * d)).movedim(1, 0).tensor_split((a * width,), 2)  # (g, k, ·)
+        blocks += torch.cat([weight.unflatten(2, (a, width)), bias.unflatten(2, (a, d - width))], 3)
     return blocks
 
 
 def _flatten(layers: Sequence[LayerDerivatives], blocks: Sequence[Tensor]) -> Tensor:
     """The inverse of `_blocks`: one (k, a, d) a layer → (P, k)."""
     pieces = []
-    for layer, block in zip(layers, blocks, strict=True):
-        weight, bias = block.tensor_split((layer.weight.shape[1],), 2)
-        pieces += [weight.flatten(1), bias.flatten(1)]
+    for members in alike(layers):
+        together = torch.stack([blocks[i] for i in members], 1)  # (k, g, a, d)
+        weight, bias = together.tensor_split((layers[members[0]].weight.shape[1],), 3)
+        pieces.append(torch.cat([weight.flatten(2), bias.flatten(2)], 2).flatten(1))
     return torch.cat(pieces, 1).mT
 
 
@@ -494,6 +439,27 @@ def _product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
     return _flatten(layers, products[::-1])
 
 
+def _damping_vector(layers: Sequence[LayerDerivatives], epsilons: Sequence[float]) -> Tensor:
+    """Each parameter's damping, (P, 1)."""
+    like = layers[0].weight
+    return torch.cat(
+        [like.new_full((len(x.weight) * x.inputs.shape[1], 1), e) for x, e in zip(layers, epsilons, strict=True)]
+    )
+
+
+def _dense_hessian(layers: Sequence[LayerDerivatives], num_parameters: int) -> Tensor:
+    """H (P, P), by products with the columns of the identity, in chunks."""
+    like = layers[0].weight
+    H = like.new_empty(num_parameters, num_parameters)
+    state = sum(layer.inputs.numel() + 4 * layer.slope.numel() for layer in layers) + num_parameters
+    size = max(1, DENSE_CHUNK // (8 * state))
+    for start in range(0, num_parameters, size):
+        identity = like.new_zeros(num_parameters, min(size, num_parameters - start))
+        identity.diagonal(-start).fill_(1)
+        H[:, start : start + size] = _product(layers, identity)
+    return H
+
+
 def hessian_vector_product(
     model: DeepMLPWithTracking, loss: Tensor, v: Tensor, *, curvature: str = "hessian", state_damping: float = 0.0
 ) -> Tensor:
@@ -514,179 +480,42 @@ def hessian_vector_product(
 
 
 class _Indefinite(Exception):
-    """H + εI has a pivot, layer `index`'s counted from 0, that is not positive definite: see `_factorize_definite`."""
+    """H + εI has a pivot, layer `index`'s counted from 0, that is not positive definite."""
 
     def __init__(self, index: int):
         super().__init__(index)
         self.index = index
 
 
-def _alike(layers: Sequence[LayerDerivatives]) -> Iterator[list[int]]:
-    """Indices of neighbouring layers of one shape: what no recursion needs is computed for all of them at once."""
-    shapes = [(x.weight.shape, x.inputs.shape) for x in layers]
-    for _, members in groupby(range(len(shapes)), key=shapes.__getitem__):
-        yield list(members)
-
-
-class _Reduced(NamedTuple):
-    """z̃ = R Qᵀ. Where N ≥ d, Q is the identity (None) and R = z̃."""
-
-    basis: Tensor | None  # (d, r) Q
-    rows: Tensor  # (N, r) R
-    outside: Tensor | None  # (a′, a′) I − QQᵀ without the bias; None where Q is, or where layer 1 is the only such one
-
-
-class _Formed(NamedTuple):
-    """What a sweep needs of the layers that no damping changes."""
-
-    reduced: list[_Reduced]
-    scales: list[float]  # the natural size of the cost-to-go below each layer, see `_natural_scales`
-    couplings: list[float]  # ‖λ‖ of each layer
-
-
-def _form(layers: Sequence[LayerDerivatives]) -> _Formed:
-    reduced = _reduced_inputs(layers)
-    norms = torch.stack([torch.linalg.vector_norm(layer.adjoint) for layer in layers])
-    return _Formed(reduced, _natural_scales(layers, reduced), norms.tolist())
-
-
-def _reduced_inputs(layers: Sequence[LayerDerivatives]) -> list[_Reduced]:
-    """Of every layer; one batched QR for those of one shape."""
-    reduced = []
-    for members in _alike(layers):
-        inputs = [layers[i].inputs for i in members]
-        N, d = inputs[0].shape
-        if N >= d:
-            reduced += [_Reduced(None, rows, None) for rows in inputs]
-            continue
-        Q, R = torch.linalg.qr(torch.stack(inputs).mT)
-        outside = [None] * len(members)
-        if members[-1] > 0:
-            within = Q[:, : layers[members[0]].weight.shape[1]]
-            outside = (within @ within.mT).neg_()
-            outside.diagonal(dim1=1, dim2=2).add_(1)
-        reduced += map(_Reduced, Q, R.mT.contiguous(), outside)
-    return reduced
-
-
-def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[_Reduced]) -> list[float]:
-    """The largest entry of the Hessian of the loss in t_{ℓ-1}, that is of the cost-to-go with nothing eliminated, and
-    with the couplings λ of this layer and those above counted in as curvatures.
-
-    With nothing eliminated samples don't mix: P (N, a, a), one pass down of O(N a³) a layer.
-    """
-    couplings = []
-    for members in _alike(layers):
-        adjoint, R = (
-            torch.stack(x) for x in zip(*((layers[i].adjoint, reduced[i].rows) for i in members), strict=True)
-        )
-        couplings += adjoint.abs().amax((1, 2)) / R.abs().amax((1, 2)).clamp_min(_TINY)
-    extremes, P = [], None
-    for layer, coupling in zip(reversed(layers[1:]), reversed(couplings[1:]), strict=True):
-        W = layer.weight
-        if layer.output is not None:
-            below = W.mT @ _output_times_weight(layer)
-        else:
-            slope_P = layer.slope[:, :, None] * P
-            K = slope_P * layer.slope[:, None, :]
-            K.diagonal(dim1=1, dim2=2).add_(layer.curvature)
-            below = W.mT @ (K @ W)
-            if layer.skip:
-                cross = W.mT @ slope_P
-                below = below + layer.skip * (cross + cross.mT) + layer.skip**2 * P
-        below.diagonal(dim1=1, dim2=2).add_(coupling)
-        extremes += torch.aminmax(below)
-        P = below
-    if not extremes:
-        return [0.0]  # below layer 1 there is nothing
-    return [0.0, *torch.stack(extremes[::-1]).abs().view(-1, 2).amax(1).tolist()]
-
-
 class _CostToGo(NamedTuple):
-    """½[t; w]ᵀ[[P, bᵀ], [b, diag(d)]][t; w], t of this layer's outputs and w what the layers above left."""
-
-    P: Tensor  # (n, n)
-    coupling: Tensor | None  # (k, n) b
-    values: Tensor | None  # (k,) d
+    P: Tensor  # (n, n), quadratic in t of this layer's outputs
+    waiting: Waiting | None  # what the layers above left to this one, beside t
     definite: bool  # every pivot above was
 
 
-class _Carried(NamedTuple):
-    """What a layer leaves to the one below: pivots near 0 that couple strongly, whose elimination would lose digits.
-
-    Some of the coordinates e = Fᵀ[Y; w] of its pivot, e = root · ω; and the parts U Z Q⊥ᵀ of X⊥.
-    """
-
-    rows: Tensor  # (k₁,) which of e
-    root: Tensor  # (k₁,)
-    left: Tensor | None  # (a, j) U, orthonormal
-    outside: Tensor | None  # (d, d − r) Q⊥
-
-    def of_perpendicular(self, V: Tensor) -> Tensor:
-        """−Uᵀ V Q⊥, the linear term in Z, for V (k, a, d): (k, j (d − r))."""
-        return -(self.left.mT @ V @ self.outside).flatten(1)
-
-    def perpendicular(self, w: Tensor) -> Tensor:
-        """U Z Q⊥ᵀ (k, a, d) for Z (k, j (d − r))."""
-        Z = w.unflatten(1, (self.left.shape[1], -1))
-        return self.left @ Z @ self.outside.mT
-
-
 class _DensePivot(NamedTuple):
-    """G = F Σ Fᵀ of [Y; w] and the whitened coupling F⁻¹B, of which everything else is made."""
+    """G = F Σ Fᵀ of Y and what waited, and the whitened coupling ΣF⁻¹B, of which everything else is made."""
 
     factor: SymmetricFactor
-    coupling: Tensor | None  # (m, n′) F⁻¹B, the carried rows of it zero; None in layer 1
+    coupling: Tensor | None  # (m, n′) ΣF⁻¹B, the carried rows of it zero; None in layer 1
+    carried: Carried | None
 
-    def backward(self, q: Tensor, carried: _Carried | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def backward(self, q: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """From q (k, m): what `forward` needs of it, BᵀG⁻¹q (k, n′), and the linear terms of what is carried."""
-        white, left = self.factor.whiten_vectors(q), None
-        if carried is not None:
-            left = carried.root * white[:, carried.rows]
-            white[:, carried.rows] = 0.0
-        self.factor.sign(white)
-        return white, None if self.coupling is None else white @ self.coupling, left
+        white = self.factor.whiten_vectors(q)
+        left = None if self.carried is None else self.carried.take(white)
+        back = None if self.coupling is None else white @ self.coupling
+        return self.factor.sign(white), back, left
 
-    def forward(self, white: Tensor, t: Tensor | None, carried: _Carried | None, w: Tensor | None) -> Tensor:
-        """−G⁻¹(q + B t) for t (k, n′), given what was carried, w (k, k₁)."""
-        e = -white if t is None else self.factor.sign(t @ self.coupling.mT).add_(white).neg_()
-        if carried is not None:
-            e[:, carried.rows] = carried.root * w
+    def forward(self, white: Tensor, t: Tensor | None, w: Tensor | None) -> Tensor:
+        """−G⁻¹(q + B t) for t (k, n′), given what was carried, w (k, k_w)."""
+        e = -white if t is None else torch.addmm(white, t, self.coupling.mT, beta=-1, alpha=-1)
+        if self.carried is not None:
+            self.carried.put(e, w)
         return self.factor.unwhiten_vectors(e)
 
 
-class _Pivot(NamedTuple):
-    reduced: _Reduced
-    damping: float  # ε of this layer
-    solver: _DensePivot | ManyClassPivot
-    carried: _Carried | None
-
-
-class _Memory:
-    """Memory that is used again in every layer: the C library's allocator would leave holes that nothing fits.
-
-    For temporaries, one at a time; and for pivots, where no more than the last `alive` of them are needed. None: each
-    pivot is kept, in memory of its own.
-    """
-
-    def __init__(self, alive: int | None = None):
-        self._alive = alive
-        self._slots: dict[tuple, Tensor] = {}
-
-    def temporary(self, like: Tensor, *shape: int) -> Tensor:
-        """An uninitialized tensor that is valid until the next call."""
-        return self._slot((), like, shape)
-
-    def pivot(self, name: str, index: int, like: Tensor, *shape: int) -> Tensor:
-        """An uninitialized tensor for layer `index`, valid until it is asked for `alive` layers further down."""
-        return like.new_empty(shape) if self._alive is None else self._slot((name, index % self._alive), like, shape)
-
-    def _slot(self, key: tuple, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        size = math.prod(shape)
-        if key not in self._slots or self._slots[key].numel() < size:
-            self._slots.pop(key, None)  # freed before the larger one is made
-            self._slots[key] = like.new_empty(size)
-        return self._slots[key][:size].view(shape)
+_Pivot = _DensePivot | ManyClassPivot
 
 
 class _Count(NamedTuple):
@@ -698,34 +527,34 @@ class _Count(NamedTuple):
 
 def _eliminate_layer(
     layers: Sequence[LayerDerivatives],
-    index: int,
-    formed: _Formed,
-    epsilon: float,
-    above: _CostToGo | None,
+    formed: Formed,
+    epsilons: Sequence[float],
     many_classes: bool,
-    definite_only: bool,
-    memory: _Memory,
+    index: int,
+    above: _CostToGo | None,
+    memory: Memory,
+    definite_only: bool = False,
 ) -> tuple[_Pivot, _Count, _CostToGo | None]:
     """One step of the backward sweep: the pivot of layer `index`, what it counts, and the cost-to-go below it.
 
     The matrix of `above` is overwritten. definite_only: _Indefinite where a pivot is not positive definite.
     """
-    layer, reduced = layers[index], formed.reduced[index]
+    layer, reduced, epsilon = layers[index], formed.reduced[index], epsilons[index]
     definite = above is None or above.definite
     (a, width), (N, r) = layer.weight.shape, reduced.rows.shape
     perpendicular = a * (layer.inputs.shape[1] - r)  # dimensions of X⊥
     if perpendicular and epsilon == 0:
         raise _singular(index, epsilon, f"{perpendicular} directions of its weights don't act on this batch")
-    carried = coupling = values = P = None
+    waiting = P = None
     if many_classes and layer.output is not None:
         if epsilon == 0 and layer.output.zero_sum:
             raise _singular(index, epsilon, "the same row added to the weights of every class changes nothing")
-        solver = ManyClassPivot.form(layer, reduced.basis, reduced.rows, epsilon)
-        negative, logabsdet = solver.num_negative(), float(solver.logabsdet())
+        pivot = ManyClassPivot.form(layer, reduced.basis, reduced.rows, epsilon)
+        negative, logabsdet = pivot.num_negative(), float(pivot.logabsdet())
         definite = negative == 0
         if index:
             P = _output_cost_to_go(layer)
-            solver.reduce(P)
+            pivot.reduce(P)
     else:
         G, B, P = _form_pivot(layer, reduced, epsilon, above, memory, index)
         factor = factor_symmetric(G, epsilon, definite_only=definite_only, definite_first=definite)
@@ -735,19 +564,18 @@ def _eliminate_layer(
             raise _singular(index, epsilon, "its pivot is exactly singular")
         negative, logabsdet = factor.num_negative, factor.logabsdet
         definite = definite and negative == 0
+        W = carried = None
         if index:
             W = factor.whiten(B)
             del B
-            carried, coupling, values = _carry(
-                layer, reduced, epsilon, factor, W, formed.scales[index], formed.couplings[index]
-            )
-            if carried is not None:
-                num_rows = len(carried.rows)
-                negative -= int((values[:num_rows] < 0).sum())
-                logabsdet -= float(values[:num_rows].abs().log().sum())
-                perpendicular -= len(values) - num_rows
-            subtract_gram(P, W, factor.signs)
-        solver = _DensePivot(factor, W if index else None)
+            carried, waiting = carry(layer, formed, index, epsilon, factor, W)
+            if carried is not None:  # it counts below
+                values = waiting.values[: len(carried.rows)]
+                negative -= int((values < 0).sum())
+                logabsdet -= float(values.abs().log().sum())
+                perpendicular -= len(waiting.values) - len(values)
+            W = subtract_gram(P, W, factor.signs)
+        pivot = _DensePivot(factor, W, carried)
     if epsilon < 0:
         negative += perpendicular
     if perpendicular:
@@ -756,64 +584,15 @@ def _eliminate_layer(
         raise _Indefinite(index)
     if not math.isfinite(logabsdet):
         raise _singular(index, epsilon, "its pivot is singular, or overflowed")
-    if P is not None:
-        mirror(P)
-        if reduced.basis is not None:  # − (λλᵀ) ⊗ (I − QQᵀ)/ε, without the bias, and without what is carried
-            adjoint = layer.adjoint
-            if carried is not None and carried.left is not None:
-                adjoint = adjoint - (adjoint @ carried.left) @ carried.left.mT
-            P.view(N, width, N, width).addcmul_(
-                (adjoint @ adjoint.mT)[:, None, :, None], reduced.outside[:, None, :], value=-1 / epsilon
-            )
-    below = None if P is None else _CostToGo(P, coupling, values, definite)
-    return _Pivot(reduced, epsilon, solver, carried), _Count(negative, logabsdet), below
-
-
-def _carry(
-    layer: LayerDerivatives,
-    reduced: _Reduced,
-    epsilon: float,
-    factor: SymmetricFactor,
-    W: Tensor,
-    scale: float,
-    norm: float,
-) -> tuple[_Carried | None, Tensor | None, Tensor | None]:
-    """Which pivots to leave to the layer below, their coupling to t_{ℓ-1} (k, n′) and their values (k,).
-
-    A pivot whose elimination would add to the cost-to-go more than _GROWTH times its natural size, `scale`. norm: ‖λ‖.
-    Rows of W that are carried are set to zero. ω is scaled so that all couplings to t are of the size of Y's.
-    """
-    if not 0 < scale < math.inf:  # nothing couples, or overflow, which is found elsewhere
-        return None, None, None
-    bound = _GROWTH * scale
-    width = layer.weight.shape[1]
-    carries_outside = reduced.basis is not None and norm > math.sqrt(bound * abs(epsilon))
-    if not carries_outside and float(torch.linalg.vector_norm(W)) <= math.sqrt(bound):
-        return None, None, None  # no row of W is longer than all of it
-    length = torch.linalg.vector_norm(W, dim=1)
-    rows = (length > math.sqrt(bound)).nonzero()[:, 0]
-    left = outside = None
-    if carries_outside:
-        _, s, V = torch.linalg.svd(layer.adjoint, full_matrices=False)
-        left = V[s * s > bound * abs(epsilon)].mT
-        outside = torch.linalg.qr(reduced.basis, mode="complete").Q[:, reduced.basis.shape[1] :]  # (d, d − r)
-        if left.shape[1] == 0:
-            left = None
-    if len(rows) == 0 and left is None:
-        return None, None, None
-    root = scale * torch.linalg.vector_norm(reduced.rows) / length[rows]
-    coupling = root[:, None] * W[rows]
-    values = root**2
-    if factor.signs is not None:
-        values = values * factor.signs[rows, 0]
-    W[rows] = 0.0
-    if left is None:
-        return _Carried(rows, root, None, None), coupling, values
-    of_perpendicular = torch.einsum("bi,kj->ijbk", layer.adjoint @ left, outside[:width])
-    of_perpendicular = of_perpendicular.reshape(-1, W.shape[1])
-    coupling = torch.cat([coupling, of_perpendicular])
-    values = torch.cat([values, values.new_full((len(of_perpendicular),), epsilon)])
-    return _Carried(rows, root, left, outside), coupling, values
+    if P is None:
+        return pivot, _Count(negative, logabsdet), None
+    mirror(P)
+    if reduced.basis is not None:  # − (λλᵀ) ⊗ (I − QQᵀ)/ε, without the bias, and without what is carried
+        adjoint = layer.adjoint if pivot.carried is None else pivot.carried.rest(layer.adjoint)
+        P.view(N, width, N, width).addcmul_(
+            (adjoint @ adjoint.mT)[:, None, :, None], reduced.outside[:, None, :], value=-1 / epsilon
+        )
+    return pivot, _Count(negative, logabsdet), _CostToGo(P, waiting, definite)
 
 
 def _singular(index: int, epsilon: float, why: str) -> SingularHessianError:
@@ -823,31 +602,26 @@ def _singular(index: int, epsilon: float, why: str) -> SingularHessianError:
     return SingularHessianError(message, layer=index + 1, damping=epsilon)
 
 
-def _output_times_weight(layer: LayerDerivatives) -> Tensor:
-    """Λ_b W, (N, C, a′)."""
-    return layer.output.apply(layer.weight.mT.unsqueeze(1)).permute(1, 2, 0)
-
-
 def _output_cost_to_go(layer: LayerDerivatives) -> Tensor:
     """AᵀΛA of the last layer, block diagonal over the samples: (n′, n′)."""
     N, width = len(layer.inputs), layer.weight.shape[1]
     P = layer.weight.new_zeros(N, width, N, width)
-    P.diagonal(dim1=0, dim2=2).copy_((layer.weight.mT @ _output_times_weight(layer)).permute(1, 2, 0))
+    P.diagonal(dim1=0, dim2=2).copy_((layer.weight.mT @ layer.output.times(layer.weight)).permute(1, 2, 0))
     return P.view(N * width, N * width)
 
 
 def _form_pivot(
     layer: LayerDerivatives,
-    reduced: _Reduced,
+    reduced: Reduced,
     epsilon: float,
     above: _CostToGo | None,
-    memory: _Memory,
+    memory: Memory,
     index: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """G, B, and the cost-to-go before layer ℓ's parameters are eliminated, TᵀPT + AᵀDA; that above is overwritten.
 
-    Row (q, i) of G and B is entry Y[i, q], after them come those of w; row (b, i) of P and K is entry [b, i] of t_ℓ.
-    Layer 1 needs only G.
+    Row (q, i) of G and B is entry Y[i, q], after them come those of what waited; row (b, i) of P and K is entry [b, i]
+    of t_ℓ. Layer 1 needs only G.
     """
     R, first = reduced.rows, index == 0
     (a, width), (N, r) = layer.weight.shape, R.shape
@@ -859,7 +633,7 @@ def _form_pivot(
         G.diagonal().add_(epsilon)
         if first:
             return G, None, None
-        B = torch.einsum("bq,bik->qibk", R, _output_times_weight(layer)).reshape(r * a, n_below)
+        B = torch.einsum("bq,bik->qibk", R, layer.output.times(layer.weight)).reshape(r * a, n_below)
         P = _output_cost_to_go(layer)
     else:
         P, slope = above.P, layer.slope.flatten()
@@ -890,8 +664,8 @@ def _form_pivot(
             B = memory.pivot("B", index, K, r * a, n_below) if r * a > BLOCK else K.new_empty(r * a, n_below)
             P = below
             torch.mm(R.mT, KA.view(N, a * n_below), out=B.view(r, a * n_below))
-        if above.coupling is not None:
-            G, B = _with_carried(layer, R, above, G, B)
+        if above.waiting is not None:
+            G, B = with_carried(layer, R, above.waiting, G, B)
         if first:
             return G, None, None
     # S: Y[i, q] meets t[b, k] by λ[b, i] Q[k, q]
@@ -903,564 +677,163 @@ def _form_pivot(
     return G, B, P
 
 
-def _with_carried(
-    layer: LayerDerivatives, R: Tensor, above: _CostToGo, G: Tensor, B: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """G and B of [Y; w]: K_wt = P_wt φ′, K_ww = P_ww, and w meets t_{ℓ-1} by K_wt A + σ P_wt."""
-    k, N, m = len(above.coupling), len(R), len(G)
-    K = above.coupling * layer.slope.flatten()  # (k, n)
-    extended = G.new_zeros(m + k, m + k)
-    extended[:m, :m] = G
-    extended[m:, :m] = (R.mT @ K.view(k, N, -1)).flatten(1)
-    extended[:m, m:] = extended[m:, :m].mT
-    extended[m:, m:].diagonal().copy_(above.values)
-    if B is None:
-        return extended, None
-    rows = (K.view(k * N, -1) @ layer.weight).view(k, -1)
-    if layer.skip:
-        rows.add_(above.coupling, alpha=layer.skip)
-    return extended, torch.cat([B, rows])
-
-
 class _Sweep:
-    """The backward sweep, done: its counts, and its pivots for solves, kept or recomputed.
-
-    Kept are all pivots; or, where `checkpoint`, every √L-th cost-to-go, from which a solve recomputes the pivots, once
-    on its way down and once up; or nothing, where not `solvable`. Every recomputation gives the same bits.
-    """
+    """The backward sweep, done: its counts, and its pivots for solves, kept or (`checkpoint`) recomputed, or, where not
+    `solvable`, neither."""
 
     @torch.inference_mode()  # what torch does beside the arithmetic is a third of a small network's time
     def __init__(
         self,
         layers: Sequence[LayerDerivatives],
         epsilons: Sequence[float],
-        formed: _Formed | None,
+        formed: Formed | None,
         many_classes: bool,
         *,
         definite_only: bool = False,
         solvable: bool = True,
         checkpoint: bool = False,
     ):
-        self.layers, self.epsilons, self.formed, self._many_classes = layers, epsilons, formed, many_classes
-        if formed is None:
-            self.formed = _form(layers)
-        self._length = math.isqrt(len(layers) - 1) + 1 if checkpoint else len(layers)  # of a segment
-        self._segments: dict[int, _CostToGo | None] = {}  # highest layer of each: the cost-to-go above it
-        self._pivots: list[_Pivot] | None = [] if solvable and not checkpoint else None  # last layer first
-        negative, logabsdet, above = 0, 0.0, None
-        memory = _Memory(None if self._pivots is not None else 1)
+        self.layers, self.epsilons = layers, epsilons
+        self.formed = form(layers) if formed is None else formed
+        eliminate = partial(_eliminate_layer, layers, self.formed, epsilons, many_classes)
+        self._pivots: list[_Pivot] = []  # last layer first
+        self._checkpoints = Checkpoints(eliminate, len(layers)) if checkpoint else None
+        self.num_negative, self.logabsdet, above = 0, 0.0, None
+        keeps = solvable and not checkpoint
+        memory = Memory(None if keeps else 1)
         for index in range(len(layers) - 1, -1, -1):
-            if checkpoint and (len(layers) - 1 - index) % self._length == 0:
-                self._segments[index] = _copied(above)
-            pivot, count, above = self._eliminate(index, above, memory, definite_only)
-            if self._pivots is not None:
+            if checkpoint:
+                self._checkpoints.keep(index, above)
+            pivot, count, above = eliminate(index, above, memory, definite_only)
+            if keeps:
                 self._pivots.append(pivot)
             del pivot  # or it would live on while the next one is made
-            negative, logabsdet = negative + count.negative, logabsdet + count.logabsdet
-        self.num_negative, self.logabsdet = negative, logabsdet
+            self.num_negative, self.logabsdet = self.num_negative + count.negative, self.logabsdet + count.logabsdet
 
-    def _eliminate(self, index: int, above: _CostToGo | None, memory: _Memory, definite_only: bool = False):
-        return _eliminate_layer(
-            self.layers,
-            index,
-            self.formed,
-            self.epsilons[index],
-            above,
-            self._many_classes,
-            definite_only,
-            memory,
-        )
+    def downward(self) -> Iterator[_Pivot]:
+        """The pivots, last layer first."""
+        return iter(self._pivots) if self._checkpoints is None else self._checkpoints.downward()
+
+    def upward(self) -> Iterator[_Pivot]:
+        """The pivots, first layer first."""
+        return reversed(self._pivots) if self._checkpoints is None else self._checkpoints.upward()
 
     def solve(self, v: Tensor) -> Tensor:
         """(H + εI)⁻¹v for v (P, k)."""
         with torch.inference_mode():
-            x = _sweep_solve(self, v)
+            x = self._solve(v)
         return x.clone()  # for use in an autograd graph
 
-    def downward(self) -> Iterator[_Pivot]:
-        """The pivots, last layer first."""
-        if self._pivots is not None:
-            yield from self._pivots
-        memory = _Memory(1)
-        for top in self._segments:
-            yield from self._segment(top, memory)
-
-    def upward(self) -> Iterator[_Pivot]:
-        """The pivots, first layer first."""
-        if self._pivots is not None:
-            yield from reversed(self._pivots)
-        memory = _Memory(self._length)
-        for top in reversed(self._segments):
-            yield from reversed(list(self._segment(top, memory)))
-
-    def _segment(self, top: int, memory: _Memory) -> Iterator[_Pivot]:
-        above = _copied(self._segments[top])
-        for index in range(top, max(top - self._length, -1), -1):
-            pivot, _, above = self._eliminate(index, above, memory)
-            yield pivot
-            del pivot
-
-
-def _copied(above: _CostToGo | None) -> _CostToGo | None:
-    return None if above is None else above._replace(P=above.P.clone())
-
-
-def _split(sweep: _Sweep, V: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
-    """Of each layer −(V Q)ᵀ (k, r, a), V⊥ = V − V Q Qᵀ (k, a, d), and λ V⊥ (k, N, a′) without the bias; None where
-    zero."""
-    inside, outside, coupled = [], [], []
-    for members in _alike(sweep.layers):
-        if sweep.formed.reduced[members[0]].basis is None:
-            inside += [-V[i].mT for i in members]
-            outside += [None] * len(members)
-            coupled += [None] * len(members)
-            continue
-        blocks = torch.stack([V[i] for i in members])  # (g, k, a, d)
-        bases = torch.stack([sweep.formed.reduced[i].basis for i in members])[:, None]  # (g, 1, d, r)
-        within = blocks @ bases
-        inside += within.mT.neg()
-        outside += blocks.sub_(within @ bases.mT)
-        if members[-1] == 0:  # below layer 1 there is nothing
-            coupled.append(None)
-            continue
-        width = sweep.layers[members[0]].weight.shape[1]
-        coupled += torch.stack([sweep.layers[i].adjoint for i in members])[:, None] @ blocks[..., :width]
-    return inside, outside, coupled
-
-
-def _join(
-    sweep: _Sweep,
-    Y: Sequence[Tensor],
-    outside: Sequence[Tensor | None],
-    states: Sequence[Tensor | None],
-    carried: dict[int, tuple[_Carried, Tensor]],
-) -> list[Tensor]:
-    """X = Y Qᵀ + X⊥ (k, a, d) of each layer, X⊥ = (V − λᵀ[t, 0])(I − QQᵀ)/ε but for what was carried: `outside` is
-    V(I − QQᵀ), `states` t_{ℓ-1} (k, N, a′), and `carried` has the parameters U Z Q⊥ᵀ."""
-    X = []
-    for members in _alike(sweep.layers):
-        if outside[members[0]] is None:
-            X += [Y[i] for i in members]
-            continue
-        free = torch.stack([outside[i] for i in members])
-        bases = torch.stack([sweep.formed.reduced[i].basis for i in members])[:, None]  # (g, 1, d, r)
-        last = states[members[-1]]
-        if last is not None:
-            width = last.shape[2]
-            t = torch.stack([torch.zeros_like(last) if states[i] is None else states[i] for i in members])  # t_0 = 0
-            coupled = torch.stack([sweep.layers[i].adjoint for i in members])[:, None].mT @ t  # (g, k, a, a′)
-            free += (coupled @ bases[:, :, :width]) @ bases.mT
-            free[..., :width] -= coupled
-        for x, i in zip(free, members, strict=True):
-            x /= sweep.epsilons[i]
-            if i in carried and carried[i][0].left is not None:
-                left, w = carried[i][0].left, carried[i][1]
-                x += carried[i][0].perpendicular(w) - left @ (left.mT @ x)
-        X += free.add_(torch.stack([Y[i] for i in members]) @ bases.mT)
-    return X
-
-
-def _sweep_solve(sweep: _Sweep, v: Tensor) -> Tensor:
-    """One backward and one forward sweep for v (P, k): the direct solution of (H + εI) x = v."""
-    layers = sweep.layers
-    V, states = _blocks(layers, v), []
-    inside, outside, coupled = _split(sweep, V)
-    p = p_carried = None  # derivative of the cost-to-go at 0, in t_ℓ: (k, N, a), and in w: (k, k_w)
-    for index, pivot in zip(range(len(layers) - 1, -1, -1), sweep.downward(), strict=True):
-        layer, carried, width = layers[index], pivot.carried, layers[index].weight.shape[1]
-        q = inside[index]
-        if p is not None:
-            slope_p = layer.slope * p
-            q = q + pivot.reduced.rows.mT @ slope_p
-        q = q.flatten(1) if p_carried is None else torch.cat([q.flatten(1), p_carried], 1)
-        state, back, left = pivot.solver.backward(q, carried)
-        states.append(state)
-        if index == 0:
-            break
-        back = back.unflatten(1, (len(layer.inputs), -1))  # (k, N, a′)
-        below = -back if p is None else _with_skip(layer.skip, slope_p @ layer.weight - back, p)
-        p_carried = left
-        if outside[index] is not None:
-            pull = coupled[index]
-            if carried is not None and carried.left is not None:
-                free = outside[index][:, :, :width]
-                pull = layer.adjoint @ (free - carried.left @ (carried.left.mT @ free))
-                p_carried = torch.cat([p_carried, carried.of_perpendicular(V[index])], 1)
-            below = torch.add(below, pull, alpha=1 / pivot.damping)
-        p = below
-    pivot = carried = None  # its memory is used again
-    Y, inputs, t, w = [], [], None, None
-    parameters = {}  # of what was carried: index → carried, U Z Q⊥ᵀ's Z
-    for index, (pivot, state) in enumerate(zip(sweep.upward(), reversed(states), strict=True)):
-        layer, rows, carried = layers[index], pivot.reduced.rows, pivot.carried
-        a, num_rows = len(layer.weight), 0 if carried is None else len(carried.rows)
-        solved = pivot.solver.forward(
-            state, None if t is None else t.flatten(1), carried, None if carried is None else w[:, :num_rows]
-        )  # (k, r a and what was carried into this layer)
-        if carried is not None:
-            parameters[index] = carried, w[:, num_rows:]
-        y = solved[:, : rows.shape[1] * a].unflatten(1, (-1, a))  # (k, r, a)
-        w = solved[:, rows.shape[1] * a :]
-        Y.append(y.mT)
-        inputs.append(t)
-        s = rows @ y if t is None else rows @ y + t @ layer.weight.mT  # z̃ X⊥ᵀ = 0
-        t = _with_skip(layer.skip, layer.slope * s, t)
-    return _flatten(layers, _join(sweep, Y, outside, inputs, parameters))
+    def _solve(self, v: Tensor) -> Tensor:
+        """One backward and one forward sweep. What is carried has its coordinates beside t, and its slope beside p."""
+        layers, reduced = self.layers, self.formed.reduced
+        V, states = _blocks(layers, v), []
+        inside, outside, coupled = split(layers, reduced, V)
+        p = p_carried = None  # derivative of the cost-to-go at 0, in t_ℓ: (k, N, a), and in w: (k, k_w)
+        for index, pivot in zip(range(len(layers) - 1, -1, -1), self.downward(), strict=True):
+            layer, q = layers[index], inside[index]
+            if p is not None:
+                slope_p = layer.slope * p
+                q = q + reduced[index].rows.mT @ slope_p
+            q = q.flatten(1) if p_carried is None else torch.cat([q.flatten(1), p_carried], 1)
+            state, back, p_carried = pivot.backward(q)
+            states.append(state)
+            if index == 0:
+                break
+            back = back.unflatten(1, (-1, layer.weight.shape[1]))  # (k, N, a′)
+            below = -back if p is None else _with_skip(layer.skip, slope_p @ layer.weight - back, p)
+            if outside[index] is not None:
+                pull = coupled[index]
+                if pivot.carried is not None and pivot.carried.left is not None:
+                    pull, of_outside = pivot.carried.split_outside(layer, V[index], outside[index])
+                    p_carried = torch.cat([p_carried, of_outside], 1)
+                below = torch.add(below, pull, alpha=1 / self.epsilons[index])
+            p = below
+        pivot = None  # its memory is used again
+        Y, inputs, t, w, carried = [], [], None, None, {}
+        for index, (pivot, state) in enumerate(zip(self.upward(), reversed(states), strict=True)):
+            layer, rows = layers[index], reduced[index].rows
+            solved = pivot.forward(state, None if t is None else t.flatten(1), w)  # (k, r a and what waited)
+            if pivot.carried is not None and pivot.carried.left is not None:
+                carried[index] = pivot.carried, w
+            r, a = rows.shape[1], layer.weight.shape[0]
+            y, w = solved.tensor_split((r * a,), 1)
+            y = y.unflatten(1, (r, a))  # (k, r, a)
+            Y.append(y.mT)
+            inputs.append(t)
+            s = rows @ y if t is None else rows @ y + t @ layer.weight.mT  # z̃ X⊥ᵀ = 0
+            t = _with_skip(layer.skip, layer.slope * s, t)
+        return _flatten(layers, join(layers, reduced, self.epsilons, Y, outside, inputs, carried))
 
 
 # ------------------------------------------------------------------------------------------ factor and solve
 
 
-def _dense_hessian(layers: Sequence[LayerDerivatives], num_parameters: int) -> Tensor:
-    """H (P, P), by products with the columns of the identity, in chunks."""
-    like = layers[0].weight
-    H = like.new_empty(num_parameters, num_parameters)
-    state = sum(layer.inputs.numel() + 4 * layer.slope.numel() for layer in layers) + num_parameters
-    size = max(1, DENSE_CHUNK // (8 * state))
-    for start in range(0, num_parameters, size):
-        identity = like.new_zeros(num_parameters, min(size, num_parameters - start))
-        identity.diagonal(-start).fill_(1)
-        H[:, start : start + size] = _product(layers, identity)
-    return H
-
-
-class _Dense:
-    """H + εI as a matrix, factored; H is kept for other dampings."""
-
-    def __init__(self, layers, epsilons, formed: Tensor | None, definite_only: bool, dtype: torch.dtype):
-        self.formed = _dense_hessian(layers, len(_damping_vector(layers, epsilons))) if formed is None else formed
-        G = self.formed.to(dtype, copy=True)
-        G.diagonal().add_(_damping_vector(layers, epsilons)[:, 0])
-        factor = factor_symmetric(G, min(map(abs, epsilons)), definite_only=definite_only)
-        if factor is None and definite_only:
-            raise _Indefinite(0)
-        if factor is None:
-            damping = epsilons[0] if len(set(epsilons)) == 1 else tuple(epsilons)
-            raise SingularHessianError(
-                f"H + damping·I, factored densely at damping={damping}, has an exactly singular pivot: choose another",
-                damping=damping,
-            )
-        self._factor, self.num_negative, self.logabsdet = factor, factor.num_negative, factor.logabsdet
-
-    def solve(self, v: Tensor) -> Tensor:
-        """(H + εI)⁻¹v for v (P, k)."""
-        return self._factor.solve(v)
-
-
 @dataclass(frozen=True, eq=False, repr=False)
-class HessianFactorization:
+class HessianFactorization(CertifiedFactorization):
     """H + εI + (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ, or with JᵀΛJ for H, factored at one batch and one set of parameters; see
     `factorize_hessian`. Where this class says H + εI, it means that matrix.
 
     Immutable: it holds copies of all it needs, and answers for the parameters at factor time after they change.
     """
 
-    route: str  # 'sweep', 'dense' or 'gram'
-    curvature: str  # 'hessian' or 'gauss_newton'
-    damping: Damping  # as asked for: a float, or one a layer
-    state_damping: float  # μ
-    precision: str  # of the factor: 'float64', or 'mixed': float32
-    keep: str  # 'solve' or 'inertia'
-    checkpoint_layers: bool
-    num_parameters: int
-    num_negative_eigenvalues: int  # of H + εI, by Sylvester's law of inertia
-    logabsdet: float  # log |det(H + εI)|
-    _layers: tuple[LayerDerivatives, ...]  # as `_modified`: their form is all of the matrix but ε
-    _epsilons: tuple[float, ...]
-    _factor: _Sweep | _Dense | GramFactor | None
-    _formed: object  # what the route forms whatever the damping: see `_factorize`
-
-    @property
-    def is_positive_definite(self) -> bool:
-        return self.num_negative_eigenvalues == 0
-
-    def __repr__(self) -> str:
-        return (
-            f"HessianFactorization(P={self.num_parameters}, {self._dampings()}, curvature={self.curvature!r}, "
-            f"route={self.route!r}, precision={self.precision!r}, "
-            f"num_negative_eigenvalues={self.num_negative_eigenvalues})"
-        )
-
-    def _dampings(self) -> str:
-        state = f", state_damping={self.state_damping:g}" if self.state_damping else ""
-        return f"damping={self.damping}{state}"
-
-    def with_damping(self, damping: float | Sequence[float]) -> HessianFactorization:
-        """The same matrix at another damping, all else as here: derivatives, QR, and where the route forms it H or the
-        Gram matrix, are used again. Raises as `factorize_hessian` does."""
-        damping = checked_damping(damping, len(self._layers))
-        check_combination(self.route, self.curvature, self.state_damping, damping, self.checkpoint_layers)
-        return self._again(damping, self.route)
-
-    def _again(self, damping: Damping, route: str, precision: str | None = None) -> HessianFactorization:
-        return _factorize(
-            self._layers,
-            damping,
-            self.curvature,
-            route,
-            self.state_damping,
-            precision=self.precision if precision is None else precision,
-            keep=self.keep,
-            checkpoint_layers=self.checkpoint_layers and route == "sweep",
-            formed=self._formed if route == self.route and precision in (None, self.precision) else None,
-        )
-
-    def solve(self, v: Tensor, *, rtol: float | None = 1e-8) -> Tensor:
-        """x with (H + εI) x = v, for v of shape (P,) or (P, k), float32 or float64; x has v's dtype, no graph.
-
-        Refined until the residual stops falling, or with a float32 factor meets rtol. Each column then has
-        ‖(H + εI)x − v‖ ≤ rtol ‖v‖, by an exact product in float64, before x is rounded to v's dtype; or
-        SingularHessianError is raised, with the residual reached, and an rtol and (where two trials find one) a damping
-        that will do. rtol=None: one direct sweep, no product, nothing checked (and to float32's digits only, where
-        precision is 'mixed'). Cost: O(Σ m² + m n′) a column and a sweep, two or three sweeps as a rule; with
-        checkpoint_layers, two factorizations a sweep.
-        """
-        columns = checked_vector(v, self.num_parameters, self._layers[0].weight.device)
-        if self._factor is None:
-            raise ValueError("factored with keep='inertia': factor with keep='solve' to solve")
-        if rtol is None:
-            return self._direct(columns).reshape(v.shape).to(v.dtype)
-        rtol = checked_rtol(rtol)
-        x, residual = self._refined(columns, rtol)
-        if bool((residual <= rtol).all()):
-            return x.reshape(v.shape).to(v.dtype)
-        worst, column = residual.max(0)
-        failed = columns[:, column, None]
-        growth = float(column_norms(unit_columns(x[:, column, None])[0]) / column_norms(unit_columns(failed)[0]))
-        growth *= float(x[:, column].abs().max() / failed.abs().max())
-        reach = UNIT_ROUNDOFF * spectral_norm(self._product, columns) * growth
-        mixed = ", precision='mixed'" if self.precision == "mixed" else ""
-        tries = [(self.damping, "dense", "float64")] if self._may_try_dense() else []
-        if self.precision == "mixed":
-            tries = [(self.damping, self.route, "float64"), *tries]
-        tries += self._larger(10.0, 1000.0)
-        raise SingularHessianError(
-            f"(H + damping·I)x = v was solved to a relative residual of {worst:.1e}, not to rtol={rtol:g}, at "
-            f"{self._dampings()}{mixed}; float64 can't be expected below {reach:.0e}. "
-            + self._advice(float(worst), failed, rtol, tries),
-            damping=self.damping,
-            residual=float(worst),
-        )
-
-    def residual(self, x: Tensor, v: Tensor) -> Tensor:
-        """‖(H + εI)x − v‖/‖v‖ in float64 by an exact product: () for x and v of shape (P,), (k,) for (P, k)."""
-        if x.shape != v.shape:
-            raise ValueError(f"x and v must have one shape, got {tuple(x.shape)} and {tuple(v.shape)}")
-        x_columns, columns = (checked_vector(y, self.num_parameters, self._layers[0].weight.device) for y in (x, v))
-        unit, scale = unit_columns(columns)
-        error = column_norms(unit - self._product(x_columns / scale))
-        norm = column_norms(unit)
-        return (error / torch.where(norm > 0, norm, 1.0)).reshape(v.shape[1:])
-
-    def _direct(self, v: Tensor) -> Tensor:
-        dtype = torch.float32 if self.precision == "mixed" else torch.float64
-        with one_pool(v.device):  # layers may be recomputed: at another number of threads, to other bits
-            return self._factor.solve(v.to(dtype)).to(torch.float64)
+    _error = SingularHessianError
 
     def _product(self, v: Tensor) -> Tensor:
         return _product(self._layers, v) + _damping_vector(self._layers, self._epsilons) * v
 
-    def _refined(self, v: Tensor, rtol: float, **limits) -> Refined:
-        # a step on a float32 factor adds few digits: no more of them than asked for
-        limits |= {"target": rtol if self.precision == "mixed" else 0.0}
-        chunks = v.split(max(1, _REFINED_NUMBERS // len(v)), 1)  # refinement keeps up to 40 arrays of its columns
-        parts = [refine(self._product, self._direct, chunk, rtol, **limits) for chunk in chunks]
-        return Refined(*(torch.cat(pieces, -1) for pieces in zip(*parts, strict=True)))
-
-    def _probe(self) -> bool:
-        """Whether a float32 factor refines a fixed random v to _PROBE_RTOL in _PROBE_STEPS, or would at the rate of the
-        first of them."""
-        if not math.isfinite(self.logabsdet):
-            return False
-        generator = torch.Generator().manual_seed(0)
-        v = torch.randn(self.num_parameters, 1, generator=generator, dtype=torch.float64)
-        v = v.to(self._layers[0].weight.device)
-        if bool(self._refined(v, _PROBE_RTOL, max_steps=1).residual <= _PROBE_RTOL ** (1 / _PROBE_STEPS)):
-            return True
-        return bool(self._refined(v, _PROBE_RTOL, max_steps=_PROBE_STEPS).residual <= _PROBE_RTOL)
-
-    def _may_try_dense(self) -> bool:
-        return self.route != "dense" and self.num_parameters <= _DENSE_TRIAL
-
-    def _larger(self, *factors: float) -> list[tuple[Damping, str, str]]:
-        """Settings to try in place of a failed solve: this damping times each factor, where that regularizes more."""
-        if min(self._epsilons) <= 0:
-            return []
-        scaled = [tuple(factor * epsilon for epsilon in self._epsilons) for factor in factors]
-        return [(e if isinstance(self.damping, tuple) else e[0], self.route, self.precision) for e in scaled]
-
-    def _advice(self, worst: float, v: Tensor, rtol: float, tries: list[tuple[Damping, str, str]]) -> str:
-        """What would do in place of a failed solve of v: the first of `tries` that works, or a larger rtol."""
-        advice = "Pass another damping"
-        for damping, route, precision in tries:
-            try:
-                residual = self._again(damping, route, precision)._refined(v, rtol).residual
-            except (SingularHessianError, MemoryError):  # the error that is being written counts, not this one
-                continue
-            if bool((residual <= rtol).all()):
-                changes = [
-                    f"{name}={new!r}"
-                    for name, new, old in (
-                        ("damping", damping, self.damping),
-                        ("route", route, self.route),
-                        ("precision", precision, self.precision),
-                    )
-                    if new != old
-                ]
-                name = ", ".join(changes) + (" to factorize_hessian" if damping == self.damping else "")
-                kept = f", the same state_damping={self.state_damping:g}" if self.state_damping else ""
-                advice = f"Pass {name}{kept} (tried: it reaches {residual.max():.0e})"
-                break
-        return advice + (f", or rtol={2 * worst:.1e} to accept this answer" if worst < 0.4 else "")
-
-
-def _damping_vector(layers: Sequence[LayerDerivatives], epsilons: Sequence[float]) -> Tensor:
-    """Each parameter's damping, (P, 1)."""
-    like = layers[0].weight
-    return torch.cat(
-        [like.new_full((len(x.weight) * x.inputs.shape[1], 1), e) for x, e in zip(layers, epsilons, strict=True)]
-    )
-
-
-def _in_float32(layer: LayerDerivatives) -> LayerDerivatives:
-    output = layer.output and layer.output._replace(diagonal=layer.output.diagonal.float())
-    penalty = None if layer.penalty is None else layer.penalty.float()
-    tensors = {name: getattr(layer, name).float() for name in LayerDerivatives._fields[:5]}
-    return layer._replace(output=output, penalty=penalty, **tensors)
-
-
-def _factorize(
-    layers: tuple[LayerDerivatives, ...],
-    damping: Damping,
-    curvature: str,
-    route: str,
-    state_damping: float = 0.0,
-    *,
-    precision: str = "float64",
-    keep: str = "solve",
-    checkpoint_layers: bool = False,
-    definite_only: bool = False,
-    formed: object = None,
-    fell_back: bool = False,
-) -> HessianFactorization:
-    """The form of `layers` + damping·I, factored. curvature, state_damping: what `_modified` put into the layers.
-
-    definite_only: raise _Indefinite where it is not positive definite. formed: what the route needs that no
-    damping changes, if it was formed before (and is kept unchanged): the reduced inputs, H, or the Gram matrix.
-    fell_back: from a float32 factor.
-    """
-    shapes, N = shapes_of_layers(layers), len(layers[0].inputs)
-    epsilons = damping if isinstance(damping, tuple) else (damping,) * len(layers)
-    if route == "auto":
-        route = "sweep" if checkpoint_layers else _cheapest_route(shapes, N, curvature, state_damping, epsilons)
-    check_memory(
-        shapes,
-        N,
-        route,
-        layers[0].weight.device,
-        curvature=curvature,
-        precision=precision,
-        keep=keep,
-        checkpoint_layers=checkpoint_layers,
-        formed=formed is not None,
-        may_gram=_may_gram(curvature, state_damping, epsilons),
-        may_mix=not fell_back,
-    )
-    factored = tuple(map(_in_float32, layers)) if precision == "mixed" else layers
-    try:
-        with one_pool(layers[0].weight.device):
-            if route == "sweep":
-                factor = _Sweep(
-                    factored,
-                    epsilons,
-                    formed,
-                    prefers_many_classes(shapes, N),
-                    definite_only=definite_only,
-                    solvable=keep == "solve",
-                    checkpoint=checkpoint_layers,
-                )
-            elif route == "dense":
-                factor = _Dense(layers, epsilons, formed, definite_only, factored[0].weight.dtype)
-            else:
-                from hessian_gram import GramFactor  # it is made of this module's layers and products
-
-                factor = GramFactor(factored, epsilons, formed)
-        if not math.isfinite(factor.logabsdet):
-            raise SingularHessianError(
-                f"H + damping·I has a pivot at damping={damping} that is singular, or overflowed: choose another "
-                "damping, or scale the inputs",
-                damping=damping,
-            )
-    except SingularHessianError:
-        if precision != "mixed":
-            raise
-        factor = None  # float32 overflowed, or rounded to a singular pivot
-    if factor is not None:
-        result = HessianFactorization(
-            route,
-            curvature,
-            damping,
-            state_damping,
-            precision,
-            keep,
-            checkpoint_layers,
-            num_parameters(shapes),
-            factor.num_negative,
-            factor.logabsdet,
-            layers,
-            epsilons,
-            factor if keep == "solve" else None,
-            factor.formed if keep == "solve" or route == "sweep" else None,
-        )
-        if precision == "float64" or keep == "inertia" or result._probe():
-            return result
-        del result
-    del factor, factored, formed  # before the second factor takes their memory
-    return _factorize(
-        layers,
-        damping,
-        curvature,
-        route,
-        state_damping,
-        keep=keep,
-        checkpoint_layers=checkpoint_layers,
-        definite_only=definite_only,
-        fell_back=True,
-    )
-
-
-def _may_gram(curvature: str, state_damping: float, epsilons: Sequence[float]) -> bool:
-    """The Gram route knows no state damping, and divides by ε."""
-    return curvature == "gauss_newton" and state_damping == 0 and all(epsilons)
-
-
-def _cheapest_route(
-    shapes: tuple[LayerShape, ...], N: int, curvature: str, state_damping: float, epsilons: Sequence[float]
-) -> str:
-    operations = count_operations(shapes, N, _may_gram(curvature, state_damping, epsilons))
-    return min(operations, key=operations.get)
-
-
-def _factorize_definite(
-    layers: tuple[LayerDerivatives, ...], damping: float, route: str, H: Tensor | None = None
-) -> tuple[HessianFactorization | None, float]:
-    """H + damping·I factored, and 1.0; or None where it is not positive definite, and the share of the operations done.
-
-    The sweep stops at the first layer whose pivot has no Cholesky factor: for ε > 0, H + εI ≻ 0 ⇔ every pivot ≻ 0
-    (Haynsworth). Its operations are counted; a dense factorization that fails counts as a whole one. route: 'sweep' or
-    'dense'; H: if it was formed.
-    """
-    try:
-        return _factorize(layers, damping, "hessian", route, definite_only=True, formed=H), 1.0
-    except _Indefinite as stop:
-        if route == "dense":
-            return None, 1.0
+    @staticmethod
+    def _factored(
+        layers: tuple[LayerDerivatives, ...],
+        rounded: tuple[LayerDerivatives, ...],
+        epsilons: tuple[float, ...],
+        route: str,
+        formed: object,
+        *,
+        solvable: bool,
+        checkpoint_layers: bool,
+        definite_only: bool,
+    ) -> tuple[Factor, object]:
         shapes, N = shapes_of_layers(layers), len(layers[0].inputs)
-        many_classes = prefers_many_classes(shapes, N)
-        operations = [layer_operations(shapes, index, N, many_classes) for index in range(len(shapes))]
-        always = natural_operations(shapes, N)
-        done = operations[stop.index].pivot + sum(map(sum, operations[stop.index + 1 :]))
-        return None, (always + done) / (always + sum(map(sum, operations)))
+        if route == "dense":
+            formed = _dense_hessian(layers, num_parameters(shapes)) if formed is None else formed
+            G = formed.to(rounded[0].weight.dtype, copy=True)
+            return _factor_dense(G, layers, epsilons, definite_only), formed
+        if route == "gram":
+            from hessian_gram import GramFactor  # it is made of this module's layers and products
+
+            factor = GramFactor(rounded, epsilons, formed)
+        else:
+            factor = _Sweep(
+                rounded,
+                epsilons,
+                formed,
+                prefers_many_classes(shapes, N),
+                definite_only=definite_only,
+                solvable=solvable,
+                checkpoint=checkpoint_layers,
+            )
+        return factor, factor.formed
+
+
+_factorize = HessianFactorization.of_layers
+
+
+def _factor_dense(
+    G: Tensor, layers: Sequence[LayerDerivatives], epsilons: Sequence[float], definite_only: bool
+) -> SymmetricFactor:
+    """G + diag(ε), factored in G's memory."""
+    G.diagonal().add_(_damping_vector(layers, epsilons)[:, 0])
+    factor = factor_symmetric(G, min(map(abs, epsilons)), definite_only=definite_only)
+    if factor is None and definite_only:
+        raise _Indefinite(0)
+    if factor is None:
+        damping = epsilons[0] if len(set(epsilons)) == 1 else tuple(epsilons)
+        raise SingularHessianError(
+            f"H + damping·I, factored densely at damping={damping}, has an exactly singular pivot: choose another",
+            damping=damping,
+        )
+    return factor
 
 
 @torch.no_grad()
@@ -1545,24 +918,6 @@ def hessian_inverse_vector_product(
         rtol,
     )
     if not bool((found.residual <= rtol).all()):
-        raise _undamped_error(found, columns, rtol, v.dtype)
+        message = undamped_failure(found, columns, rtol, v.dtype)
+        raise SingularHessianError(message, damping=0.0, residual=float(found.residual.max()))
     return found.x.reshape(v.shape).to(v.dtype)
-
-
-def _undamped_error(found: MinimumNorm, v: Tensor, rtol: float, dtype: torch.dtype) -> SingularHessianError:
-    worst, column = found.residual.max(0)
-    if found.curvature < NULL:
-        factors = (1e4, 1e6)  # no small damping helps against a part of v that H does not see
-        why = f"v is outside the range of H by {worst:.1e} of its norm, so that no x solves H x = v"
-        if dtype == torch.float32 and worst < 1e-6:
-            why += " (a float32 v is known to 6e-8 of its norm only: compute it in float64, from model.double())"
-    else:
-        factors = (100.0, 1e4)
-        why = (
-            f"what is left of v, {worst:.1e} of its norm, lies where the eigenvalues of H, about {found.curvature:.0e} "
-            "of its norm, are too near 0 for float64"
-        )
-    advice = found.shifted._advice(float(worst), v[:, column, None], rtol, found.shifted._larger(*factors))
-    return SingularHessianError(
-        f"H x = v, undamped, was not solved to rtol={rtol:g}: {why}. {advice}", damping=0.0, residual=float(worst)
-    )

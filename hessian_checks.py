@@ -4,13 +4,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Number
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from hessian_activations import ACTIVATIONS
+
 if TYPE_CHECKING:
     from hessian import Damping, DeepMLPWithTracking
+
+
+def checked_widths(
+    input_dim: int, hidden_dim: int | Sequence[int], num_classes: int, num_hidden_layers: int
+) -> list[int]:
+    """a_0 … a_L."""
+    if not isinstance(num_hidden_layers, Integral) or num_hidden_layers < 0:
+        raise ValueError(f"num_hidden_layers must be an integer ≥ 0, got {num_hidden_layers!r}")
+    hidden = [hidden_dim] * num_hidden_layers if isinstance(hidden_dim, Number) else list(hidden_dim)
+    if len(hidden) != num_hidden_layers:
+        raise ValueError(
+            f"hidden_dim has {len(hidden)} widths for num_hidden_layers={num_hidden_layers}: give one int, or one "
+            "width a hidden layer"
+        )
+    widths = [input_dim, *hidden, num_classes]
+    if not all(isinstance(width, Integral) and width >= 1 for width in widths):
+        raise ValueError(f"input_dim, hidden_dim and num_classes must be integers ≥ 1, got {widths}")
+    return widths
+
+
+def check_kinds(activation: str, loss: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+    if loss not in ("cross_entropy", "mse"):
+        raise ValueError(f"unknown loss {loss!r}: choose 'cross_entropy' or 'mse'")
+
+
+def check_inputs(model: DeepMLPWithTracking, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[1:].numel() != model.input_dim:
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x must be a tensor of shape (N, …) with {model.input_dim} numbers a sample, got {shape}")
+    dtype, autocast = model.layers[0].weight.dtype, torch.is_autocast_enabled(x.device.type)
+    if x.dtype != dtype and not (autocast and x.is_floating_point()):
+        raise TypeError(f"x is {x.dtype} and the model {dtype}: convert x with x.to({dtype}), or the model")
 
 
 def check_targets(model: DeepMLPWithTracking, logits: Tensor, targets: Tensor, values: bool) -> None:
@@ -40,12 +77,39 @@ def check_targets(model: DeepMLPWithTracking, logits: Tensor, targets: Tensor, v
             )
 
 
-def equal(p: Tensor, q: Tensor) -> bool:
+def _equal(p: Tensor, q: Tensor) -> bool:
     return p.dtype == q.dtype and p.device == q.device and torch.equal(p, q)
 
 
+def check_tracked(model: DeepMLPWithTracking, base: type, loss: Tensor) -> None:
+    """That `loss` is the one that the model tracked, and still that of its parameters."""
+    check_model(model, base)
+    tracked = model._tracked
+    if tracked is None or tracked.loss() is not loss:
+        found = "no loss was tracked" if tracked is None else "this is not the loss that the model tracked last"
+        raise ValueError(
+            f"{found}: pass the very tensor that model(x, y, track_activations=True) returned, of the last such call. "
+            "Terms added to it are not seen: for a weight decay ½w‖θ‖² pass the plain loss and damping + w"
+        )
+    parameters = list(model.parameters())
+    if not all(p.requires_grad for p in parameters):
+        raise ValueError("some parameters are frozen (requires_grad=False): H is that of all of them; unfreeze them")
+    if not bool(torch.isfinite(loss)):
+        raise ValueError(f"the loss is {loss.item()}: look for overflow in the inputs or the parameters")
+    if len(parameters) != len(tracked.parameters) or not all(map(_equal, parameters, tracked.parameters)):
+        raise ValueError("the parameters changed since the loss was tracked: call the model on the batch again")
+
+
+def check_model(model: DeepMLPWithTracking, base: type) -> None:
+    if not isinstance(model, base):
+        raise TypeError(f"model must be a {base.__name__}, got {type(model).__name__}: see USAGE.md to convert one")
+
+
 def check_layers(model: DeepMLPWithTracking, base: type) -> None:
-    """That the parameters are those of plain Linear layers, each with its own, in the order of `model.layers`."""
+    """That a loss was tracked, and the parameters are those of plain Linear layers, each with its own, in the order of
+    `model.layers`."""
+    if model._tracked is None:
+        raise ValueError("no loss was tracked: call model(x, y, track_activations=True) first")
     found = [p for linear in model.layers for p in (linear.weight, linear.bias) if p is not None]
     if any(type(linear) is not nn.Linear for linear in model.layers):
         kinds = ", ".join(sorted({type(linear).__name__ for linear in model.layers} - {"Linear"}))

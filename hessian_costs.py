@@ -95,7 +95,7 @@ def layer_operations(shapes: Sequence[LayerShape], index: int, N: int, many_clas
 
 def natural_operations(shapes: Sequence[LayerShape], N: int) -> float:
     """Of the natural sizes of all costs-to-go, before a sweep."""
-    hidden = sum(2 * N * x.width * x.a * (x.a + x.width) for x in shapes[1:-1])  # K W, Wᵀ K W
+    hidden = sum(2 * N * x.width * x.a * (x.a + 2 * x.width) for x in shapes[1:-1])  # P T, TᵀP T, Wᵀdiag(β φ″)W
     return hidden + (2 * N * shapes[-1].width ** 2 * shapes[-1].a if len(shapes) > 1 else 0)  # Wᵀ Λ W
 
 
@@ -137,6 +137,11 @@ def count_operations(shapes: tuple[LayerShape, ...], N: int, gauss_newton: bool 
         operations["gram"] = 2 * n * n * sum(x.a for x in shapes) + jacobian + factor_operations(n)
         operations["gram"] += 2 * N * N * sum(x.d for x in shapes)  # z̃z̃ᵀ
     return MappingProxyType({route: count + derivatives for route, count in operations.items()})
+
+
+def cheapest_route(shapes: tuple[LayerShape, ...], N: int, gauss_newton: bool = False) -> str:
+    operations = count_operations(shapes, N, gauss_newton)
+    return min(operations, key=operations.get)
 
 
 def _solve_operations(shapes: Sequence[LayerShape], N: int, route: str) -> float:
@@ -276,28 +281,32 @@ def free_bytes(device: torch.device) -> float:
     return free
 
 
-def check_memory(
-    shapes: tuple[LayerShape, ...],
-    N: int,
+def checked_route(
+    layers: Sequence[LayerDerivatives],
     route: str,
-    device: torch.device,
+    epsilons: Sequence[float],
+    state_damping: float,
     *,
     curvature: str,
     precision: str,
     keep: str,
     checkpoint_layers: bool,
     formed: bool,
-    may_gram: bool,
     may_mix: bool,
-) -> None:
-    """MemoryError where `route` won't fit, naming the changes that make it fit. formed: H, or the Gram matrix, is there
-    already. may_gram, may_mix: whether that route, and precision='mixed', can be chosen."""
+) -> str:
+    """`route`, or for 'auto' the one with the fewest operations; MemoryError where it won't fit, naming the changes
+    that make it fit. formed: H, or the Gram matrix, is there already. may_mix: precision='mixed' can be chosen."""
+    shapes, N, device = shapes_of_layers(layers), len(layers[0].inputs), layers[0].weight.device
+    # the Gram route knows no state damping, and divides by ε
+    may_gram = curvature == "gauss_newton" and state_damping == 0 and all(epsilons)
+    if route == "auto":
+        route = "sweep" if checkpoint_layers else cheapest_route(shapes, N, may_gram)
     settings = dict(curvature=curvature, precision=precision, keep=keep, checkpoint_layers=checkpoint_layers)
     needed, free = route_costs(shapes, N, **settings)[route].bytes, free_bytes(device)
     if formed and route != "sweep":
         needed /= 2
     if needed <= free:
-        return
+        return route
 
     def fits(route: str, N: int, **changed) -> bool:
         return route_costs(shapes, N, **{**settings, **changed})[route].bytes <= free

@@ -23,7 +23,8 @@ NULL = 1e-12  # relative to ‖A‖: what `minimum_norm` takes for the null spac
 _MAX_REFINEMENTS = 40
 _PATIENCE = 5  # refinement above rtol goes on while the residual halves in this many steps
 _MAX_DIRECTIONS = 20  # GCR combines a correction with at most so many earlier ones
-_SHIFTS = (1e-7, 1e-8)  # relative to ‖A‖; the larger resolves fewer eigenvalues, and loses fewer digits
+_SHIFTS = (1e-8, 1e-10)  # relative to ‖A‖; the smaller resolves more eigenvalues, and its solves take more steps
+_SHIFTED_RTOL = 1e-8  # of solves with A + δI: at the larger shift in one direct solve, or two
 
 
 class SymmetricFactor(NamedTuple):
@@ -98,7 +99,7 @@ def factor_symmetric(
     eigenvalues may be near 0 though G has none. From there on they are chosen in all that is left; in float32, which
     has no digits to lose, from the first block that is not positive definite.
     """
-    m = len(G)
+    m = G.shape[0]  # len(G) takes ten times as long
     if m <= BLOCK:
         block = _factor_block(G, definite_only, definite_first)
         if block is None:
@@ -249,7 +250,7 @@ def _converted(packed: np.ndarray, first: np.ndarray, interchanges: np.ndarray) 
 
 def _pivoted(G: np.ndarray) -> _Pivoted | None:
     """None where a pivot is exactly zero, or not finite."""
-    packed, pivots, info = _lapack("sytrf", G)(G.copy().T, lower=1, lwork=64 * len(G), overwrite_a=1)
+    packed, pivots, info = _lapack("sytrf", G)(G.T, lower=1, lwork=64 * len(G))
     if info != 0:
         return None
     D = packed.diagonal().copy()
@@ -287,7 +288,7 @@ def _factor_block(block: Tensor, definite_only: bool, definite_first: bool) -> _
     G = block.numpy(force=True)
     inverse = np.eye(len(G), dtype=G.dtype).T
     if definite_first or definite_only:
-        L, info = _lapack("potrf", G)(G.copy().T, lower=1, overwrite_a=1, clean=0)
+        L, info = _lapack("potrf", G)(G.T, lower=1, clean=0)
         if info == 0:
             logabsdet = 2 * float(np.log(L.diagonal()).sum())
             if not math.isfinite(logabsdet):
@@ -331,16 +332,18 @@ def _factor_rest(rest: Tensor) -> SymmetricFactor | None:
     return SymmetricFactor(matrix, edges, order.long(), signs, found.num_negative, found.logabsdet)
 
 
-def subtract_gram(P: Tensor, W: Tensor, signs: Tensor | None) -> None:
+def subtract_gram(P: Tensor, W: Tensor, signs: Tensor | None) -> Tensor:
     """P ← P − Wᵀ Σ W in the lower triangle of P (n, n), in place, for W (m, n) and the diagonal of Σ (m, 1), or None
-    for Σ = I. Where P is small, in all of it, which is faster there."""
-    if len(P) <= BLOCK:
-        P.addmm_((W if signs is None else signs * W).mT, W, alpha=-1)
-        return
+    for Σ = I. Where P is small, in all of it, which is faster there. Returns Σ W, elsewhere in W's memory."""
+    if P.shape[0] <= BLOCK:
+        signed = W if signs is None else signs * W
+        P.addmm_(signed.mT, W, alpha=-1)
+        return signed
     for start in range(0, len(P), BLOCK):
         stop = min(start + BLOCK, len(P))
         columns = W[:, start:stop]
         P[start:stop, :stop].addmm_((columns if signs is None else signs * columns).mT, W[:, :stop], alpha=-1)
+    return W if signs is None else W.mul_(signs)
 
 
 def largest_entry(P: Tensor) -> Tensor:
@@ -350,7 +353,7 @@ def largest_entry(P: Tensor) -> Tensor:
 
 def mirror(P: Tensor) -> None:
     """Copy the lower triangle, as `subtract_gram` leaves it, to the upper one."""
-    if len(P) <= BLOCK:
+    if P.shape[0] <= BLOCK:
         return
     for start in range(0, len(P), BLOCK):
         stop = min(start + BLOCK, len(P))
@@ -467,8 +470,9 @@ def minimum_norm(
     """The minimum-norm x with A x = v for a singular symmetric A, v (P, k) in its range; see `residual` for success.
 
     Outer: GCR on A, preconditioned by (A + δI)⁻¹ with a small shift δ, which leaves the range of A invariant. Inner:
-    each of these solves is itself refined on A + δI, since rounding in the null space, which A can't see, is
-    amplified by 1/δ; and the outer iteration stops short of the rounding level, where a residual is null-space noise.
+    each of these solves is itself refined on A + δI to _SHIFTED_RTOL, since rounding in the null space, which A can't
+    see, is amplified by 1/δ; and the outer iteration stops short of the rounding level, where a residual is null-space
+    noise.
     A part of v outside the range, if rtol lets it pass, is amplified likewise; x is freed of it at the end.
     """
     if not bool(v.any()):
@@ -480,7 +484,7 @@ def minimum_norm(
         shifted = factor_shifted(shift * norm)
 
         def precondition(r: Tensor, shifted: Shifted = shifted) -> Tensor:
-            return refine(shifted._product, shifted._direct, r, rtol).x
+            return refine(shifted._product, shifted._direct, r, rtol, target=_SHIFTED_RTOL).x
 
         def near_null(y: Tensor, solve: Callable = precondition, delta: float = shift * norm) -> Tensor:
             return delta * solve(delta * solve(y))  # (δ(A + δI)⁻¹)² leaves what lies where |μ| ≲ δ
@@ -491,8 +495,9 @@ def minimum_norm(
         x, residual = solve_range(v)
         if bool((residual <= rtol).all()):
             # take out all of x that is near the null space, and solve for what A sees of that, and of what is left of v
-            near, r = near_null(x), v - product(x)
-            cleaned = x - near + solve_range(product(near) + r - near_null(r)).x
+            r = v - product(x)
+            near_x, near_r = near_null(torch.cat([x, r], 1)).chunk(2, 1)
+            cleaned = x - near_x + solve_range(product(near_x) + r - near_r).x
             cleaned_residual = column_norms(v - product(cleaned)) / torch.where(v.any(0), column_norms(v), 1.0)
             x = torch.where(cleaned_residual <= rtol, cleaned, x)
             residual = torch.where(cleaned_residual <= rtol, cleaned_residual, residual)

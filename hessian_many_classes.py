@@ -31,6 +31,7 @@ class ManyClassPivot(NamedTuple):
     vectors: Tensor  # (C, r, r) eigenvectors of D_c
     values: Tensor  # (C, r) its eigenvalues
     capacitance: tuple[Tensor, Tensor] | None  # eigenvalues (N,) and eigenvectors (N, N) of I − UᵀD⁻¹U
+    carried: None = None  # nothing waits for the layer below
 
     @classmethod
     def form(cls, layer: LayerDerivatives, basis: Tensor | None, reduced: Tensor, damping: float) -> ManyClassPivot:
@@ -70,31 +71,30 @@ class ManyClassPivot(NamedTuple):
         (C, width), (N, r) = layer.weight.shape, R.shape
         Q = self.basis[:width]  # (a′, r)
         correction = P.new_zeros(N, len(P))  # UᵀD⁻¹B
-        curved = layer.output.apply(layer.weight.mT[:, None]).permute(1, 2, 0)  # (N, C, a′) Λ W
+        curved = layer.output.times(layer.weight)  # (N, C, a′)
         for chunk in torch.arange(C, device=P.device).split(max(1, _CHUNK_BYTES // (8 * r * len(P)))):
             B = torch.einsum("kq,bc->cqbk", Q, layer.adjoint[:, chunk])
             B += torch.einsum("bq,bck->cqbk", R, curved[:, chunk])
             scale = self.values[chunk].abs().sqrt()[:, None, :]  # (c, 1, r)
             whitening = self.vectors[chunk] / scale
             white = (whitening.mT @ B.flatten(2)).flatten(0, 1)  # (c r, n′)
-            subtract_gram(P, white, self.values[chunk].sign().view(-1, 1))
+            signed = subtract_gram(P, white, self.values[chunk].sign().view(-1, 1))
             if self.capacitance is not None:
                 U = layer.output.rank_one[:, chunk].mT[:, :, None] * R  # (c, N, r)
-                signed = white * self.values[chunk].sign().view(-1, 1)
                 correction += (U @ whitening).transpose(0, 1).flatten(1) @ signed
         if self.capacitance is not None:
             values, vectors = self.capacitance
             subtract_gram(P, vectors.mT @ correction / values.abs().sqrt()[:, None], values.sign()[:, None])
 
-    def backward(self, q: Tensor, carried: None) -> tuple[Tensor, Tensor, None]:
-        """From q (k, m): what `forward` needs of it, and BᵀG⁻¹q (k, n′). Nothing is carried."""
+    def backward(self, q: Tensor) -> tuple[Tensor, Tensor, None]:
+        """From q (k, m): what `forward` needs of it, and BᵀG⁻¹q (k, n′)."""
         layer = self.layer
         y = self._solve(q.unflatten(1, (-1, len(layer.weight))))
         back = layer.output.apply(self.reduced @ y) @ layer.weight
         back = back + layer.adjoint @ (y.mT @ self.basis[: layer.weight.shape[1]].mT)
         return y, back.flatten(1), None
 
-    def forward(self, y: Tensor, t: Tensor | None, carried: None, w: None) -> Tensor:
+    def forward(self, y: Tensor, t: Tensor | None, w: None) -> Tensor:
         """−G⁻¹(q + B t) for t (k, n′), from y = G⁻¹q."""
         if t is not None:
             layer, (N, width) = self.layer, (len(self.reduced), self.layer.weight.shape[1])

@@ -41,11 +41,18 @@ from hessian import (
     SingularHessianError,
     _checked_derivatives,
     _dense_hessian,
-    _factorize_definite,
+    _factorize,
+    _Indefinite,
     _product,
 )
 from hessian_checks import checked_nonnegative, checked_radius, checked_rtol, checked_vector
-from hessian_costs import count_operations, shapes_of_layers
+from hessian_costs import (
+    cheapest_route,
+    layer_operations,
+    natural_operations,
+    prefers_many_classes,
+    shapes_of_layers,
+)
 from hessian_linear_algebra import UNIT_ROUNDOFF
 
 __all__ = ["TrustRegionStep", "trust_region_step"]
@@ -204,6 +211,28 @@ def _krylov_space(product: Callable[[Tensor], Tensor], g: Tensor, radius: float,
 # ---------------------------------------------------------------------------------------------- search and proof
 
 
+def _factorize_definite(
+    layers: tuple[LayerDerivatives, ...], damping: float, route: str, H: Tensor | None = None
+) -> tuple[HessianFactorization | None, float]:
+    """H + damping·I factored, and 1.0; or None where it is not positive definite, and the share of the operations done.
+
+    The sweep stops at the first layer whose pivot has no Cholesky factor: for ε > 0, H + εI ≻ 0 ⇔ every pivot ≻ 0
+    (Haynsworth). Its operations are counted; a dense factorization that fails counts as a whole one. route: 'sweep' or
+    'dense'; H: if it was formed.
+    """
+    try:
+        return _factorize(layers, damping, "hessian", route, definite_only=True, formed=H), 1.0
+    except _Indefinite as stop:
+        if route == "dense":
+            return None, 1.0
+        shapes, N = shapes_of_layers(layers), len(layers[0].inputs)
+        many_classes = prefers_many_classes(shapes, N)
+        operations = [layer_operations(shapes, index, N, many_classes) for index in range(len(shapes))]
+        always = natural_operations(shapes, N)
+        done = operations[stop.index].pivot + sum(map(sum, operations[stop.index + 1 :]))
+        return None, (always + done) / (always + sum(map(sum, operations)))
+
+
 def _improve(
     space: _Subspace, factorization: HessianFactorization, shift: float, radius: float, rtol: float
 ) -> tuple[_Reduced, float]:
@@ -245,8 +274,7 @@ def _trust_region(
 ) -> TrustRegionStep:
     """`trust_region_step` for layers (P parameters) and a finite g (P,) in float64, unchecked."""
     if route == "auto":
-        operations = count_operations(shapes_of_layers(layers), len(layers[0].inputs))
-        route = min(operations, key=operations.get)
+        route = cheapest_route(shapes_of_layers(layers), len(layers[0].inputs))
     H = _dense_hessian(layers, len(g)) if route == "dense" else None
 
     def product(v: Tensor) -> Tensor:  # A v

@@ -383,7 +383,7 @@ def test_definite_factorizations(case):
         damping = -factor * lowest
         definite = bool(eigenvalues[0] + damping > 0)
         for route in ("sweep", "dense"):
-            f, share = hessian._factorize_definite(layers, damping, route)
+            f, share = newton_trust_region._factorize_definite(layers, damping, route)
             assert (f is not None) == definite
             if definite:
                 whole = factorize_hessian(model, loss, damping, route=route)
@@ -399,12 +399,14 @@ def test_an_early_stop_saves_what_it_says():
     model, loss = tracked_loss(Case((9, 8, 11) * 4, 6, inputs=7, classes=5))
     layers = compute_layer_derivatives(model)
     lowest = float(torch.linalg.eigvalsh(hessian._dense_hessian(layers, num_parameters(model)))[0])
-    whole = counted_operations(lambda: hessian._factorize_definite(layers, -1.01 * lowest, "sweep"))
+    whole = counted_operations(lambda: newton_trust_region._factorize_definite(layers, -1.01 * lowest, "sweep"))
     shares = []
     for factor in (0.9, 0.1, 0.01, 1e-3):
         found = []
         done = counted_operations(
-            lambda e=-factor * lowest, out=found: out.append(hessian._factorize_definite(layers, e, "sweep"))
+            lambda e=-factor * lowest, out=found: out.append(
+                newton_trust_region._factorize_definite(layers, e, "sweep")
+            )
         )
         ((f, share),) = found
         assert f is None and share == pytest.approx(done / whole, rel=0.25, abs=0.02)
@@ -418,11 +420,13 @@ def test_dense_matrix_given():
     layers, H = compute_layer_derivatives(model), dense_hessian(Case((6, 4, 7), 15))
     H, v = H.clone(), random_vector(len(H))
     damping = 1.0 - float(torch.linalg.eigvalsh(H)[0])
-    f, _ = hessian._factorize_definite(layers, damping, "dense", 2 * H + damping * torch.eye(len(H)).double())
+    f, _ = newton_trust_region._factorize_definite(
+        layers, damping, "dense", 2 * H + damping * torch.eye(len(H)).double()
+    )
     solved = f._direct(v[:, None])[:, 0]
     assert relative(2 * H @ solved + 2 * damping * solved - v, v) <= 1e-12
     before = H.clone()
-    hessian._factorize_definite(layers, damping, "dense", H)
+    newton_trust_region._factorize_definite(layers, damping, "dense", H)
     assert torch.equal(H, before)
 
 

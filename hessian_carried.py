@@ -1,0 +1,188 @@
+"""Carried pivots: coordinates whose elimination would lose digits are left to the layer below.
+
+The pivot G of hessian.py is a Schur complement of layers ℓ … L alone: where it has an eigenvalue near 0 that couples
+strongly, eliminating it would swamp P with digits of no use, though H + εI is no worse. Such coordinates w of Y, and
+parts of X⊥, whose pivot is ε, wait. P is then a quadratic in t and w, and the next pivot that of Y and w:
+
+    ½ [t; w]ᵀ [[P, bᵀ], [b, diag(d)]] [t; w]      [[εI + JᵀK J, JᵀK_tw], [·, diag(d)]]      K_tw = φ′bᵀ
+    coupling    [S + JᵀK A; K_wt A + σb]
+
+Layer 1, which couples to nothing, eliminates all that is left. At dampings of 1e-3 or more nothing waits, as a rule.
+
+Reference: Duff & Reid (1983), delayed pivots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hessian_linear_algebra import SymmetricFactor
+from hessian_reduced import Reduced, alike, reduced_inputs
+
+if TYPE_CHECKING:
+    from hessian import LayerDerivatives
+
+_TINY = 1e-30  # keeps 0/0 out
+_TOGETHER = 2**16  # natural sizes are computed for layers of one shape together, up to so many numbers
+_GROWTH = 1e4  # a pivot that would add more than so many times the cost-to-go's natural size to it is carried
+
+
+class Formed(NamedTuple):
+    """What a sweep needs of the layers that no damping changes."""
+
+    reduced: list[Reduced]
+    scales: list[float]  # the natural size of the cost-to-go below each layer, see `_natural_scales`
+    couplings: list[float]  # ‖λ‖ of each layer
+
+
+def form(layers: Sequence[LayerDerivatives]) -> Formed:
+    reduced = reduced_inputs(layers)
+    adjoints = (torch.stack([layers[i].adjoint for i in members]) for members in alike(layers))
+    norms = torch.cat([torch.linalg.vector_norm(adjoint, dim=(1, 2)) for adjoint in adjoints])
+    return Formed(reduced, _natural_scales(layers, reduced), norms.tolist())
+
+
+def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[Reduced]) -> list[float]:
+    """The largest entry of the Hessian of the loss in t_{ℓ-1}, that is of the cost-to-go with nothing eliminated, and
+    with the couplings λ of this layer and those above counted in as curvatures, c I.
+
+    With nothing eliminated samples don't mix: P (N, a, a), one pass down of O(N a³) a layer,
+
+        P ← TᵀP T + Wᵀdiag(β φ″)W + c I,    T = φ′W + σI
+    """
+    if len(layers) == 1:
+        return [0.0]  # below layer 1 there is nothing
+    layers, reduced = layers[1:], reduced[1:]
+    largest, P = [], None
+    for members in reversed(list(alike(layers, _TOGETHER))):
+        weight, slope, curvature, adjoint = (
+            torch.stack([getattr(layers[i], name) for i in members])
+            for name in ("weight", "slope", "curvature", "adjoint")
+        )
+        rows = torch.stack([reduced[i].rows for i in members])
+        coupling = adjoint.abs().amax((1, 2)) / rows.abs().amax((1, 2)).clamp_min(_TINY)
+        W = weight[:, None]
+        T = slope[..., None] * W  # (g, N, a, a′)
+        T.diagonal(dim1=2, dim2=3).add_(W.new_tensor([layers[i].skip for i in members])[:, None, None])
+        below = W.mT @ (curvature[..., None] * W)  # (g, N, a′, a′)
+        below.diagonal(dim1=2, dim2=3).add_(coupling[:, None, None])
+        for layer, T_l, P_below in reversed(list(zip((layers[i] for i in members), T, below, strict=True))):
+            if layer.output is not None:
+                P = P_below.add_(layer.weight.mT @ layer.output.times(layer.weight))
+            else:
+                P = P_below.baddbmm_(T_l.mT, torch.bmm(P, T_l))
+        largest.append(below.abs().amax((1, 2, 3)))
+    return [0.0, *torch.cat(largest[::-1]).tolist()]
+
+
+class Waiting(NamedTuple):
+    """What is carried, as the layer below sees it: ½ wᵀdiag(d) w + wᵀb t."""
+
+    coupling: Tensor  # (k, n′) b
+    values: Tensor  # (k,) d
+
+
+class Carried(NamedTuple):
+    """What a layer leaves to the one below: some of the coordinates e = Fᵀ[Y; w] of its pivot, e = root · ω, and the
+    parts U Z Q⊥ᵀ of X⊥; ω, then Z, are the w of the layer below."""
+
+    rows: Tensor  # (k₁,) which of e
+    root: Tensor  # (k₁,)
+    left: Tensor | None  # (a, j) U, orthonormal
+    outside: Tensor | None  # (d, d − r) Q⊥
+
+    def take(self, white: Tensor) -> Tensor:
+        """The linear terms (k, k₁) in ω, taken out of those in e (k, m)."""
+        left = self.root * white[:, self.rows]
+        white[:, self.rows] = 0.0
+        return left
+
+    def put(self, e: Tensor, w: Tensor) -> None:
+        """ω into its places in e (k, m)."""
+        e[:, self.rows] = self.root * w[:, : len(self.rows)]
+
+    def rest(self, adjoint: Tensor) -> Tensor:
+        """λ(I − UUᵀ), of the parts of X⊥ that are not carried."""
+        return adjoint if self.left is None else adjoint - (adjoint @ self.left) @ self.left.mT
+
+    def split_outside(self, layer: LayerDerivatives, V: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
+        """For the right-hand side V (k, a, d) and V⊥: λ(I − UUᵀ)V⊥ (k, N, a′) of the parts that are not carried, and
+        the linear term −UᵀV Q⊥ in Z (k, j (d − r))."""
+        U, free = self.left, outside[:, :, : layer.weight.shape[1]]
+        return layer.adjoint @ (free - U @ (U.mT @ free)), -(U.mT @ V @ self.outside).flatten(1)
+
+    def replace_outside(self, x: Tensor, w: Tensor) -> None:
+        """x ← (I − UUᵀ)x + U Z Q⊥ᵀ for the other parts x (k, a, d) of X⊥."""
+        Z = w[:, len(self.rows) :].unflatten(1, (self.left.shape[1], -1))
+        x += self.left @ Z @ self.outside.mT - self.left @ (self.left.mT @ x)
+
+
+def carry(
+    layer: LayerDerivatives,
+    formed: Formed,
+    index: int,
+    epsilon: float,
+    factor: SymmetricFactor,
+    W: Tensor,
+) -> tuple[Carried | None, Waiting | None]:
+    """Which pivots of layer `index` to leave to the one below, and their quadratic there; as a rule none (None).
+
+    A pivot whose elimination would add to the cost-to-go more than _GROWTH times its natural size. Rows of the whitened
+    coupling W that are carried are set to zero. ω is scaled so that all couplings to t are of the size of Y's.
+    """
+    reduced, scale, norm = formed.reduced[index], formed.scales[index], formed.couplings[index]
+    if not 0 < scale < math.inf:  # nothing couples, or overflow, which is found elsewhere
+        return None, None
+    bound = _GROWTH * scale
+    width = layer.weight.shape[1]
+    carries_outside = reduced.basis is not None and norm > math.sqrt(bound * abs(epsilon))
+    if not carries_outside and float(torch.linalg.vector_norm(W)) <= math.sqrt(bound):
+        return None, None  # no row of W is longer than all of it
+    length = torch.linalg.vector_norm(W, dim=1)
+    rows = (length > math.sqrt(bound)).nonzero()[:, 0]
+    left = outside = None
+    if carries_outside:
+        _, s, V = torch.linalg.svd(layer.adjoint, full_matrices=False)
+        left = V[s * s > bound * abs(epsilon)].mT
+        outside = torch.linalg.qr(reduced.basis, mode="complete").Q[:, reduced.basis.shape[1] :]  # (d, d − r)
+        if left.shape[1] == 0:
+            left = None
+    if len(rows) == 0 and left is None:
+        return None, None
+    root = scale * torch.linalg.vector_norm(reduced.rows) / length[rows]
+    coupling = root[:, None] * W[rows]
+    values = root**2
+    if factor.signs is not None:
+        values = values * factor.signs[rows, 0]
+    W[rows] = 0.0
+    if left is None:
+        return Carried(rows, root, None, None), Waiting(coupling, values)
+    of_perpendicular = torch.einsum("bi,kj->ijbk", layer.adjoint @ left, outside[:width])
+    of_perpendicular = of_perpendicular.reshape(-1, W.shape[1])
+    coupling = torch.cat([coupling, of_perpendicular])
+    values = torch.cat([values, values.new_full((len(of_perpendicular),), epsilon)])
+    return Carried(rows, root, left, outside), Waiting(coupling, values)
+
+
+def with_carried(
+    layer: LayerDerivatives, R: Tensor, waiting: Waiting, G: Tensor, B: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """G and B of [Y; w]: K_wt = P_wt φ′, K_ww = P_ww, and w meets t_{ℓ-1} by K_wt A + σ P_wt."""
+    k, N, m = len(waiting.coupling), len(R), len(G)
+    K = waiting.coupling * layer.slope.flatten()  # (k, n)
+    extended = G.new_zeros(m + k, m + k)
+    extended[:m, :m] = G
+    extended[m:, :m] = (R.mT @ K.view(k, N, -1)).flatten(1)
+    extended[:m, m:] = extended[m:, :m].mT
+    extended[m:, m:].diagonal().copy_(waiting.values)
+    if B is None:
+        return extended, None
+    rows = (K.view(k * N, -1) @ layer.weight).view(k, -1)
+    if layer.skip:
+        rows.add_(waiting.coupling, alpha=layer.skip)
+    return extended, torch.cat([B, rows])

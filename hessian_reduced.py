@@ -1,0 +1,120 @@
+"""Reduced parameters: what of a layer's weights acts on the batch, and the rest, eliminated in closed form.
+
+X acts on the batch through z̃ = R Qᵀ only: X = Y Qᵀ + X⊥, X⊥Q = 0. The sweeps of hessian.py solve for Y. X⊥ meets
+nothing but ε and λ:
+
+    X⊥ = (V − λᵀ[t, 0]) (I − QQᵀ)/ε
+
+so that it adds −(λλᵀ) ⊗ (I − QQᵀ)/ε, without the bias, to the cost-to-go below, and λ (V − V QQᵀ)/ε to its slope. Where
+N ≥ d there is no such rest. Notation as in hessian.py; (k, …) are the blocks of k right-hand sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hessian import LayerDerivatives
+    from hessian_carried import Carried
+
+
+def alike(layers: Sequence[LayerDerivatives], numbers: int | None = None) -> Iterator[list[int]]:
+    """Indices of neighbouring layers of one shape: what no recursion needs is computed for all of them at once, or for
+    as many of them as have no more than so many numbers in arrays (N, a, a′)."""
+    shapes = [(x.weight.shape, x.inputs.shape) for x in layers]
+    for shape, members in groupby(range(len(shapes)), key=shapes.__getitem__):
+        members = list(members)
+        size = len(members) if numbers is None else max(1, numbers // (shape[0].numel() * shape[1][0]))
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
+
+
+class Reduced(NamedTuple):
+    """z̃ = R Qᵀ. Where N ≥ d, Q is the identity (None) and R = z̃."""
+
+    basis: Tensor | None  # (d, r) Q
+    rows: Tensor  # (N, r) R
+    outside: Tensor | None  # (a′, a′) I − QQᵀ without the bias; None where Q is, or where layer 1 is the only such one
+
+
+def reduced_inputs(layers: Sequence[LayerDerivatives]) -> list[Reduced]:
+    """Of every layer; one batched QR for those of one shape."""
+    reduced = []
+    for members in alike(layers):
+        inputs = [layers[i].inputs for i in members]
+        N, d = inputs[0].shape
+        if N >= d:
+            reduced += [Reduced(None, rows, None) for rows in inputs]
+            continue
+        Q, R = torch.linalg.qr(torch.stack(inputs).mT)
+        outside = [None] * len(members)
+        if members[-1] > 0:
+            within = Q[:, : layers[members[0]].weight.shape[1]]
+            outside = (within @ within.mT).neg_()
+            outside.diagonal(dim1=1, dim2=2).add_(1)
+        reduced += map(Reduced, Q, R.mT.contiguous(), outside)
+    return reduced
+
+
+def split(
+    layers: Sequence[LayerDerivatives], reduced: Sequence[Reduced], V: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+    """Of each layer −(V Q)ᵀ (k, r, a), V⊥ = V − V Q Qᵀ (k, a, d), and λ V⊥ (k, N, a′) without the bias; None where
+    zero."""
+    inside, outside, coupled = [], [], []
+    for members in alike(layers):
+        if reduced[members[0]].basis is None:
+            inside += [-V[i].mT for i in members]
+            outside += [None] * len(members)
+            coupled += [None] * len(members)
+            continue
+        blocks = torch.stack([V[i] for i in members])  # (g, k, a, d)
+        bases = torch.stack([reduced[i].basis for i in members])[:, None]  # (g, 1, d, r)
+        within = blocks @ bases
+        inside += within.mT.neg()
+        outside += blocks.sub_(within @ bases.mT)
+        if members[-1] == 0:  # below layer 1 there is nothing
+            coupled.append(None)
+            continue
+        width = layers[members[0]].weight.shape[1]
+        coupled += torch.stack([layers[i].adjoint for i in members])[:, None] @ blocks[..., :width]
+    return inside, outside, coupled
+
+
+def join(
+    layers: Sequence[LayerDerivatives],
+    reduced: Sequence[Reduced],
+    epsilons: Sequence[float],
+    Y: Sequence[Tensor],
+    outside: Sequence[Tensor | None],
+    states: Sequence[Tensor | None],
+    carried: Mapping[int, tuple[Carried, Tensor]],
+) -> list[Tensor]:
+    """X = Y Qᵀ + X⊥ (k, a, d) of each layer, from V⊥ of `split` and the states t_{ℓ-1} (k, N, a′); `carried`: of some
+    layers, what of X⊥ was carried, and its values."""
+    X = []
+    for members in alike(layers):
+        if outside[members[0]] is None:
+            X += [Y[i] for i in members]
+            continue
+        free = torch.stack([outside[i] for i in members])
+        bases = torch.stack([reduced[i].basis for i in members])[:, None]  # (g, 1, d, r)
+        last = states[members[-1]]
+        if last is not None:
+            width = last.shape[2]
+            t = torch.stack([torch.zeros_like(last) if states[i] is None else states[i] for i in members])  # t_0 = 0
+            coupled = torch.stack([layers[i].adjoint for i in members])[:, None].mT @ t  # (g, k, a, a′)
+            free += (coupled @ bases[:, :, :width]) @ bases.mT
+            free[..., :width] -= coupled
+        for x, i in zip(free, members, strict=True):
+            x /= epsilons[i]
+            if i in carried:
+                found, w = carried[i]
+                found.replace_outside(x, w)
+        X += free.add_(torch.stack([Y[i] for i in members]) @ bases.mT)
+    return X
