@@ -121,7 +121,7 @@ class CertifiedFactorization(ABC):
             formed=formed is not None,
             may_mix=not fell_back,
         )
-        rounded = tuple(map(_in_float32, layers)) if precision == "mixed" else layers
+        rounded = tuple(map(in_float32, layers)) if precision == "mixed" else layers
         factor = result = None
         try:
             with one_pool(layers[0].weight.device):
@@ -310,7 +310,7 @@ class CertifiedFactorization(ABC):
         return advice + (f", or rtol={2 * worst:.1e} to accept this answer" if worst < 0.4 else "")
 
 
-def _in_float32(layer: LayerDerivatives) -> LayerDerivatives:
+def in_float32(layer: LayerDerivatives) -> LayerDerivatives:
     output = layer.output and layer.output._replace(diagonal=layer.output.diagonal.float())
     penalty = None if layer.penalty is None else layer.penalty.float()
     tensors = {name: getattr(layer, name).float() for name in layer._fields[:5]}

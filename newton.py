@@ -41,13 +41,13 @@ from hessian import (
     _checked_derivatives,
     _dense_hessian,
     _factorize,
-    _in_float32,
     _Indefinite,
     _modified,
     _product,
 )
 from hessian_checks import checked_nonnegative
 from hessian_costs import count_operations, factor_operations, route_costs, shapes_of_layers
+from hessian_factorization import in_float32
 from hessian_gram import (
     DampedSystem,
     GramSystem,
@@ -866,7 +866,7 @@ class _Step:
         """JᵀΛJ v (P,) of the whole batch, in the model's dtype as the trials are."""
         if self._whole is None:
             single = self.objective.inputs.dtype == torch.float32
-            self._whole = tuple(map(_in_float32, self.layers)) if single else self.layers
+            self._whole = tuple(map(in_float32, self.layers)) if single else self.layers
         return gauss_newton_product(self._whole, v.to(self._whole[0].weight.dtype)[:, None])[:, 0].double()
 
     def preconditioner(self, damping: float) -> _Preconditioner | None:
