@@ -79,6 +79,7 @@ _MEMORIES = (0.0, 0.8, 0.95)  # decays of the sums of earlier steps that the bes
 _EXTENSIONS = (1.0, 3.0)  # times (1 − decay) of such a sum
 _FOLLOWING = 16  # quasi-Newton steps with one factorization, at most
 _FOLLOWING_LENGTHS = (0.1, 0.3, 1.0, 3.0)  # of each
+_FOLLOWING_COST = 5  # in Gauss–Newton steps, of an exact Hessian's step with those that follow (30 layers: 4 to 6)
 _SADDLE_LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)  # both ways along a direction of negative curvature
 _SADDLE_RTOL = 0.1  # of the model's decrease along it
 # times λ, after a step that had to be shortened, after one that took a larger λ, and after one that went well at once
@@ -570,8 +571,8 @@ class _Step:
 
     def newton(self) -> None:
         """A step with the exact Hessian; in 'auto', off a saddle where it finds none, and then Gauss–Newton again where
-        that lowered f by more, ‖g‖ does not fall fast, and λ had to rise or the step to be shortened: far from the end.
-        One step where Gauss–Newton found nothing."""
+        that lowered f by more for its cost, ‖g‖ does not fall fast, and λ had to rise or the step to be shortened: far
+        from the end. One step where Gauss–Newton found nothing."""
         state, before = self.state, self.state["hessian_damping"]
         trial = self.last_digits() if state["ending"] else None
         if trial is None:
@@ -592,7 +593,7 @@ class _Step:
         converging = accepted and (state["ending"] or self.gradient_norm < 0.5 * state["gradient_norm"])
         state["gradient_norm"], state["polished"] = self.gradient_norm, state["polished"] + 1
         struggling = accepted and (trial.damping > before or trial.length < 1)
-        slow = decrease < state["decrease"] and struggling and not converging
+        slow = decrease < _FOLLOWING_COST * state["decrease"] and struggling and not converging
         if not accepted or slow or (state["failed"] and not state["ending"]):
             state["polishing"] = False
             if state["polished"] < _SLOW_STEPS:
