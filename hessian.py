@@ -288,6 +288,7 @@ class LayerDerivatives(NamedTuple):
     output: OutputHessian | None  # Λ in the output layer, else None
     # (a, a) Ω, in a hidden layer: the form has another term, Σ_b uᵀΩ u, u = X z̃_b (newton.py; unknown to route 'gram')
     penalty: Tensor | None = None
+    penalty_shift: Tensor | None = None  # () α: and α tr XᵀΩX; with N ≥ d only
 
 
 @torch.no_grad()
@@ -431,6 +432,8 @@ def _product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
         if layer.penalty is not None:
             change = change + (layer.inputs @ block.mT) @ layer.penalty
         product = change.mT @ layer.inputs
+        if layer.penalty_shift is not None:
+            product.add_(layer.penalty_shift * (layer.penalty @ block))
         if t is not None:
             product[:, :, :width] += layer.adjoint.mT @ t
             back = delta_lambda @ layer.weight + layer.adjoint @ block[:, :, :width]
@@ -648,7 +651,10 @@ def _form_pivot(
         torch.bmm(R.mT.expand(r * a, r, N), JK.view(r * a, N, a), out=G.view(r * a, r, a))
         G.diagonal().add_(epsilon)
         if layer.penalty is not None:
-            G.view(r, a, r, a).addcmul_((R.mT @ R)[:, None, :, None], layer.penalty[:, None, :])
+            gram = R.mT @ R
+            if layer.penalty_shift is not None:  # here Q = I
+                gram.diagonal().add_(layer.penalty_shift)
+            G.view(r, a, r, a).addcmul_(gram[:, None, :, None], layer.penalty[:, None, :])
         B = None
         if not first:
             KA = torch.mm(K.view(n * N, a), W, out=memory.temporary(K, n * N, width)).view(n, n_below)

@@ -178,23 +178,29 @@ def _plain_group(inputs: Tensor, outputs: Tensor, multiple: float, width: int) -
     return _Group(inputs, outputs / root, None, inputs.new_full((1, 1, 1), root), width)
 
 
+def split_damping(Omega: Tensor, inputs: Tensor, rho: float) -> tuple[Tensor, Tensor]:
+    """√ρ π and √ρ/π (…), what is added to the factors Ω (…, a, a) and A = z̃ᵀz̃/N, π² = (tr Ω / a) / (tr A / d)."""
+    mean_Omega, mean_A = Omega.diagonal(dim1=-2, dim2=-1).mean(-1), inputs.square().mean((-2, -1))
+    # dead inputs (A = 0) leave nothing to balance
+    pi = torch.where(mean_A > 0, mean_Omega / mean_A, 1.0).sqrt()
+    return math.sqrt(rho) * pi, math.sqrt(rho) / pi
+
+
 def _state_group(inputs: Tensor, outputs: Tensor, Omega: Tensor, rho: float, width: int) -> _Group:
-    """D = (Ω + √ρ π I) ⊗ (A + (√ρ/π) I), π² = (tr Ω / a) / (tr A / d); inputs (g, N, d).
+    """D = (Ω + √ρ π I) ⊗ (A + (√ρ/π) I), π as `split_damping` has it; inputs (g, N, d).
 
     A = z̃ᵀz̃/N; or, where so few samples can't tell it, N < d, its multiple of the identity of the same trace: directions
     that no sample of a sub-batch has would otherwise cost next to nothing.
     """
     N, d = inputs.shape[1:]
-    mean_Omega, mean_A = Omega.diagonal(dim1=1, dim2=2).mean(1), inputs.square().sum((1, 2)) / (N * d)
-    # dead inputs (A = 0) leave nothing to balance
-    pi = torch.where(mean_A > 0, mean_Omega / mean_A, 1.0).sqrt()[:, None]
+    of_Omega, of_A = (x[:, None] for x in split_damping(Omega, inputs, rho))
     Omega = Omega.clone()
-    Omega.diagonal(dim1=1, dim2=2).add_(math.sqrt(rho) * pi)
+    Omega.diagonal(dim1=1, dim2=2).add_(of_Omega)
     if N < d:
-        C = (mean_A[:, None] + math.sqrt(rho) / pi).sqrt()[:, :, None]
+        C = (inputs.square().mean((1, 2))[:, None] + of_A).sqrt()[:, :, None]
     else:
         A = inputs.mT @ inputs / N
-        A.diagonal(dim1=1, dim2=2).add_(math.sqrt(rho) / pi)
+        A.diagonal(dim1=1, dim2=2).add_(of_A)
         C = torch.linalg.cholesky(A)
     return _Group.of(inputs, outputs, torch.linalg.cholesky(Omega), C, width)
 

@@ -54,6 +54,7 @@ from hessian_gram import (
     count_gram_operations,
     count_state_weights,
     gauss_newton_product,
+    split_damping,
     state_weights,
 )
 from newton_trust_region import TrustRegionStep, _trust_region, trust_region_step
@@ -336,9 +337,10 @@ class DampedNewton(torch.optim.Optimizer):
     part of x causes by itself, Ω_ℓ ⊗ A_ℓ (`hessian_gram.state_weights`; A_ℓ = z̃ᵀz̃/N). 'auto': 'parameter' for models of
     one input (curve fitting, where activations are nearly collinear), else 'state'.
     route: of the Gauss–Newton system. 'gram': in N·C unknowns; 'sweep': layer by layer, as hessian.py does; 'auto': by
-    counted operations. Each solves its own system exactly, and with metric='state' these differ in how ρ,
-    `metric_damping`, goes in: D_ℓ = Ω_ℓ ⊗ A_ℓ + ρI in hidden layers, ρI in the last by the sweeps, and with the exact
-    Hessian (λρ + c ≥ 1e-10); by the Gram route it is in the Kronecker factors (`hessian_gram.GramSystem`). Where 'auto'
+    counted operations. Each solves its own system exactly. With metric='state' D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I)
+    in hidden layers, ρ = `metric_damping` (`hessian_gram.GramSystem`), and D_L = ρI; by the sweeps, and with the exact
+    Hessian, ρI besides in every layer (λρ + c ≥ 1e-10). In a layer with more inputs than samples A_ℓ is a multiple of I
+    by the Gram route, and D_ℓ = Ω_ℓ ⊗ A_ℓ + ρI by the others. Where 'auto'
     uses the exact Hessian, D is ρI and the layers' joint change, Σ_{ℓ<L} S_ℓᵀS_ℓ/N (the state damping of hessian.py),
     and its step goes on by up to 16 quasi-Newton steps from the same factorization (L-BFGS, which starts from it in
     place of a multiple of I): each costs a gradient, a solve and four trials, and where a valley bends, they lower f by
@@ -905,12 +907,18 @@ class _Step:
         return self._dense
 
     def penalized(self, layers: tuple[LayerDerivatives, ...], damping: float) -> tuple[LayerDerivatives, ...]:
-        """λ Ω_ℓ ⊗ A_ℓ in each hidden layer, A_ℓ = z̃ᵀz̃/N: what the change of its weights alone does to all hidden
-        pre-activations."""
+        """λ (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) in each hidden layer, A_ℓ = z̃ᵀz̃/N: what the change of its weights alone
+        does to all hidden pre-activations. Without ρ where a layer has more inputs than samples."""
         if self._Omega is None:
             self._Omega = state_weights(self.curvature_layers)
-        scale = damping / len(layers[0].inputs)
-        hidden = (x._replace(penalty=scale * Omega) for x, Omega in zip(layers[:-1], self._Omega, strict=True))
+        hidden = []
+        for layer, Omega in zip(layers[:-1], self._Omega, strict=True):
+            (N, d), shift = layer.inputs.shape, None
+            if N >= d:
+                of_Omega, of_A = split_damping(Omega, layer.inputs, self.group["metric_damping"])
+                Omega, shift = Omega.clone(), N * of_A
+                Omega.diagonal().add_(of_Omega)
+            hidden.append(layer._replace(penalty=(damping / N) * Omega, penalty_shift=shift))
         return (*hidden, layers[-1])
 
     def damped_layers(self, curvature: str, damping: float) -> tuple[tuple[LayerDerivatives, ...], float]:

@@ -685,7 +685,8 @@ def measured_omega(model, index: int, z: Tensor) -> Tensor:
 @pytest.mark.parametrize("metric", ("state", "parameter"))
 @pytest.mark.parametrize("batch", (3, 9))
 def test_sweep_steps_solve_their_system(batch, metric, curvature):
-    """Against products: (G + cI + λD) x = −g, D_ℓ = Ω_ℓ ⊗ A_ℓ + ρI in hidden layers with metric='state', else D = I.
+    """Against products: (G + cI + λD) x = −g, D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) + ρI in hidden layers with
+    metric='state' (Ω_ℓ ⊗ A_ℓ + ρI where there are more inputs than samples), else D = I.
 
     Ω by reverse mode: the mean over samples of Σ_j (∂h_j/∂h_ℓ)ᵀ(∂h_j/∂h_ℓ), j ≥ ℓ hidden."""
     case, c, damping, rho = Case((6, 4, 7), batch), 0.02, 30.0, 1e-2
@@ -710,8 +711,12 @@ def test_sweep_steps_solve_their_system(batch, metric, curvature):
                 z = x
                 for below in range(index):
                     z = model.activate(below, model.layers[below](z), z)
-                A = torch.cat([z, torch.ones(len(z), 1)], 1)
-                penalty = damping * measured_omega(model, index, z) @ X @ (A.mT @ A / len(A))
+                inputs, Omega = torch.cat([z, torch.ones(len(z), 1)], 1), measured_omega(model, index, z)
+                A = inputs.mT @ inputs / len(z)
+                pi = (Omega.trace() / a / (A.trace() / d)).sqrt()
+                if len(z) >= d:
+                    Omega, A = Omega + math.sqrt(rho) * pi * eye(a), A + math.sqrt(rho) / pi * eye(d)
+                penalty = damping * Omega @ X @ A
             penalties += [penalty[:, :-1].flatten(), penalty[:, -1]]
         product = product + torch.cat(penalties).detach()
     g = objective_gradient(model, x, y, c)
