@@ -340,7 +340,7 @@ class DampedNewton(torch.optim.Optimizer):
     counted operations. Each solves its own system exactly. With metric='state' D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I)
     in hidden layers, ρ = `metric_damping` (`hessian_gram.GramSystem`), and D_L = ρI; by the sweeps, and with the exact
     Hessian, ρI besides in every layer (λρ + c ≥ 1e-10). In a layer with more inputs than samples A_ℓ is a multiple of I
-    by the Gram route, and D_ℓ = Ω_ℓ ⊗ A_ℓ + ρI by the others. Where 'auto'
+    by the Gram route, and has no (√ρ/π) I by the others. Where 'auto'
     uses the exact Hessian, D is ρI and the layers' joint change, Σ_{ℓ<L} S_ℓᵀS_ℓ/N (the state damping of hessian.py),
     and its step goes on by up to 16 quasi-Newton steps from the same factorization (L-BFGS, which starts from it in
     place of a multiple of I): each costs a gradient, a solve and four trials, and where a valley bends, they lower f by
@@ -908,16 +908,17 @@ class _Step:
 
     def penalized(self, layers: tuple[LayerDerivatives, ...], damping: float) -> tuple[LayerDerivatives, ...]:
         """λ (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) in each hidden layer, A_ℓ = z̃ᵀz̃/N: what the change of its weights alone
-        does to all hidden pre-activations. Without ρ where a layer has more inputs than samples."""
+        does to all hidden pre-activations. A_ℓ stands alone where a layer has more inputs than samples, π² then being
+        (tr Ω / a) / (tr A / N)."""
         if self._Omega is None:
             self._Omega = state_weights(self.curvature_layers)
         hidden = []
         for layer, Omega in zip(layers[:-1], self._Omega, strict=True):
-            (N, d), shift = layer.inputs.shape, None
-            if N >= d:
-                of_Omega, of_A = split_damping(Omega, layer.inputs, self.group["metric_damping"])
-                Omega, shift = Omega.clone(), N * of_A
-                Omega.diagonal().add_(of_Omega)
+            N, d = layer.inputs.shape
+            of_Omega, of_A = split_damping(Omega, layer.inputs, self.group["metric_damping"])
+            Omega = Omega.clone()
+            Omega.diagonal().add_(of_Omega * math.sqrt(min(N, d) / d))
+            shift = N * of_A if N >= d else None
             hidden.append(layer._replace(penalty=(damping / N) * Omega, penalty_shift=shift))
         return (*hidden, layers[-1])
 

@@ -686,7 +686,7 @@ def measured_omega(model, index: int, z: Tensor) -> Tensor:
 @pytest.mark.parametrize("batch", (3, 9))
 def test_sweep_steps_solve_their_system(batch, metric, curvature):
     """Against products: (G + cI + λD) x = −g, D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) + ρI in hidden layers with
-    metric='state' (Ω_ℓ ⊗ A_ℓ + ρI where there are more inputs than samples), else D = I.
+    metric='state' (A_ℓ alone where it has more rows than there are samples, π by N in place of d), else D = I.
 
     Ω by reverse mode: the mean over samples of Σ_j (∂h_j/∂h_ℓ)ᵀ(∂h_j/∂h_ℓ), j ≥ ℓ hidden."""
     case, c, damping, rho = Case((6, 4, 7), batch), 0.02, 30.0, 1e-2
@@ -713,10 +713,10 @@ def test_sweep_steps_solve_their_system(batch, metric, curvature):
                     z = model.activate(below, model.layers[below](z), z)
                 inputs, Omega = torch.cat([z, torch.ones(len(z), 1)], 1), measured_omega(model, index, z)
                 A = inputs.mT @ inputs / len(z)
-                pi = (Omega.trace() / a / (A.trace() / d)).sqrt()
+                pi = (Omega.trace() / a / (A.trace() / min(d, len(z)))).sqrt()
                 if len(z) >= d:
-                    Omega, A = Omega + math.sqrt(rho) * pi * eye(a), A + math.sqrt(rho) / pi * eye(d)
-                penalty = damping * Omega @ X @ A
+                    A = A + math.sqrt(rho) / pi * eye(d)
+                penalty = damping * (Omega + math.sqrt(rho) * pi * eye(a)) @ X @ A
             penalties += [penalty[:, :-1].flatten(), penalty[:, -1]]
         product = product + torch.cat(penalties).detach()
     g = objective_gradient(model, x, y, c)
