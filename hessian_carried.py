@@ -57,25 +57,28 @@ def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[Reduce
     """
     if len(layers) == 1:
         return [0.0]  # below layer 1 there is nothing
-    layers, reduced = layers[1:], reduced[1:]
-    largest, P = [], None
-    for members in reversed(list(alike(layers, _TOGETHER))):
-        weight, slope, curvature, adjoint = (
-            torch.stack([getattr(layers[i], name) for i in members])
-            for name in ("weight", "slope", "curvature", "adjoint")
+    last, hidden = layers[-1], layers[1:-1]
+    couplings = []
+    for members in alike(layers, _TOGETHER):
+        adjoint, rows = (
+            torch.stack([layers[i].adjoint for i in members]),
+            torch.stack([reduced[i].rows for i in members]),
         )
-        rows = torch.stack([reduced[i].rows for i in members])
-        coupling = adjoint.abs().amax((1, 2)) / rows.abs().amax((1, 2)).clamp_min(_TINY)
+        couplings += adjoint.abs().amax((1, 2)) / rows.abs().amax((1, 2)).clamp_min(_TINY)
+    P = last.weight.mT @ last.output.times(last.weight)  # (N, a′, a′)
+    P.diagonal(dim1=1, dim2=2).add_(couplings[-1])
+    largest = [P.abs().amax()[None]]
+    for members in reversed(list(alike(hidden, _TOGETHER))):
+        weight, slope, curvature = (
+            torch.stack([getattr(hidden[i], name) for i in members]) for name in ("weight", "slope", "curvature")
+        )
         W = weight[:, None]
         T = slope[..., None] * W  # (g, N, a, a′)
-        T.diagonal(dim1=2, dim2=3).add_(W.new_tensor([layers[i].skip for i in members])[:, None, None])
+        T.diagonal(dim1=2, dim2=3).add_(W.new_tensor([hidden[i].skip for i in members])[:, None, None])
         below = W.mT @ (curvature[..., None] * W)  # (g, N, a′, a′)
-        below.diagonal(dim1=2, dim2=3).add_(coupling[:, None, None])
-        for layer, T_l, P_below in reversed(list(zip((layers[i] for i in members), T, below, strict=True))):
-            if layer.output is not None:
-                P = P_below.add_(layer.weight.mT @ layer.output.times(layer.weight))
-            else:
-                P = P_below.baddbmm_(T_l.mT, torch.bmm(P, T_l))
+        below.diagonal(dim1=2, dim2=3).add_(torch.stack([couplings[1 + i] for i in members])[:, None, None])
+        for T_l, P_below in zip(reversed(T.unbind()), reversed(below.unbind()), strict=True):
+            P = P_below.baddbmm_(T_l.mT, torch.bmm(P, T_l))
         largest.append(below.abs().amax((1, 2, 3)))
     return [0.0, *torch.cat(largest[::-1]).tolist()]
 

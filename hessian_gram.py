@@ -120,7 +120,7 @@ class _Group(NamedTuple):
     inputs: Tensor  # (g, N, d) z̃ C⁻ᵀ
     outputs: Tensor  # (g, a, K N) F⁻¹ Eᵀ
     output_factor: Tensor | None  # (g, a, a) F: Ω = F Fᵀ; None: the identity
-    input_factor: Tensor  # (g, d, d) C: A = C Cᵀ; or (g or 1, 1, 1), that multiple of the identity
+    input_factor: Tensor  # (g, d, d) C: A = C Cᵀ; or (g or 1, 1, 1), a multiple of the identity
     width: int  # a′, the inputs but the bias
 
     @classmethod

@@ -13,8 +13,9 @@ With f the objective (loss and L2 term ½c‖θ‖²), g its gradient and G a cu
 G the Gauss–Newton matrix JᵀΛJ or the exact Hessian H. A step is good as long as the linearization of the network
 holds, and in a deep network that ends when the pre-activations of some layer change too much, which a short change of
 parameters can do and a long one need not: so D measures the change of activations (metric='state'). λ and a are found
-by trial: each system is solved exactly for a few λ, the true objective is taken at a few lengths of each solution, all
-in one batched forward pass, and the lowest one wins.
+by trial: each system is solved exactly for a few λ (with a sub-batch, by conjugate gradients that its exact solve
+preconditions), the true objective is taken at a few lengths of each solution, all in one batched forward pass, and the
+lowest one wins.
 
 References: Levenberg (1944), Marquardt (1963); Tassa, Erez & Todorov (2012), damping of states; Transtrum & Sethna
 (2012), the second-order correction; Moré & Sorensen (1983), the trust-region step; Nocedal (1980), L-BFGS.
@@ -235,7 +236,8 @@ class _Objective:
         parameters = [p.detach() for layer in model.layers for p in (layer.weight, layer.bias) if p is not None]
         self._biases = [linear.bias is not None for linear in model.layers]
         if span is not None:
-            self.inputs = span.inputs.to(self.inputs.dtype)
+            with torch.inference_mode(False):  # `gradient` needs a normal tensor
+                self.inputs = span.inputs.clone().to(self.inputs.dtype)
             parameters = [span.weight, *parameters[1 + self._biases[0] :]]
             self._biases[0] = False
         self.theta = torch.cat([p.flatten().double() for p in parameters])
@@ -339,16 +341,17 @@ class DampedNewton(torch.optim.Optimizer):
     route: of the Gauss–Newton system. 'gram': in N·C unknowns; 'sweep': layer by layer, as hessian.py does; 'auto': by
     counted operations. Each solves its own system exactly. With metric='state' D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I)
     in hidden layers, ρ = `metric_damping` (`hessian_gram.GramSystem`), and D_L = ρI; by the sweeps, and with the exact
-    Hessian, ρI besides in every layer (λρ + c ≥ 1e-10). In a layer with more inputs than samples A_ℓ is a multiple of I
-    by the Gram route, and has no (√ρ/π) I by the others. Where 'auto'
-    uses the exact Hessian, D is ρI and the layers' joint change, Σ_{ℓ<L} S_ℓᵀS_ℓ/N (the state damping of hessian.py),
+    Hessian, ρI besides in the hidden layers (λρ + c ≥ 1e-10). In a layer with more inputs than samples A_ℓ is a
+    multiple of I by the Gram route, and has no (√ρ/π) I by the others. Where 'auto' uses the exact Hessian, D is ρI and
+    the layers' joint change, Σ_{ℓ<L} S_ℓᵀS_ℓ/N (the state damping of hessian.py),
     and its step goes on by up to 16 quasi-Newton steps from the same factorization (L-BFGS, which starts from it in
     place of a multiple of I): each costs a gradient, a solve and four trials, and where a valley bends, they lower f by
-    far more than other factorizations in their place. They keep 32 vectors of all parameters until the step ends.
+    far more than other factorizations in their place. They keep 32 vectors of all parameters meanwhile.
     curvature_batch: k: a sub-batch of k samples, drawn anew each step from (seed, step), in place of all (None). The
     exact solve with its curvature, and D, is the preconditioner of `cg_iterations` conjugate gradients with the
     Gauss–Newton curvature of the whole batch (inexact Newton: they end sooner where the residual's square, in the
-    preconditioner's norm, fell by 1e-4); λ falls only where they got far. The gradient and the trial objectives are
+    preconditioner's norm, fell by 1e-4); λ falls only where they got
+    far, or cg_iterations is 1. The gradient and the trial objectives are
     those of the whole batch. cg_iterations=0, and curvature='hessian': the curvature is of the sub-batch alone.
     weight_decay: c of ½c‖θ‖² over all parameters, exactly: in f, g, the curvature and the trials. (SGD's weight_decay.)
     damping: the first λ; found anew by each step. metric_damping: None for 1e-4, or 0.1 with a curvature_batch.
@@ -444,8 +447,9 @@ class DampedNewton(torch.optim.Optimizer):
     def estimate_step(self, batch_size: int, num_dampings: int | None = None) -> StepCost:
         """What a step on a batch of this size takes, before it is taken; the model may be one on the meta device.
 
-        num_dampings: λ that it tries (`report.num_trials`); None: 3 by the Gram route, which brackets the best one,
-        else 1, the least: a λ that is not good enough is raised, for another factorization.
+        num_dampings: λ that it tries (`report.num_trials`); None: 3 by the Gram route where it brackets the best one, so
+        without conjugate gradients, else 1, the least: a λ that is not good enough is raised, for another solve. The
+        steps of a polish are not counted.
         """
         return _step_cost(self._model, self.param_groups[0], batch_size, num_dampings)
 
@@ -521,9 +525,10 @@ class _Step:
         self.curvature_layers = layers
         self.before = math.nan
         self.num_trials = 0
-        self.cg_residual = 0.0  # rᵀP⁻¹r over its first value, r the residual and P the preconditioner
+        self.cautious = False  # the last λ was so large that the model promised nothing
+        self.cg_residual = 1.0  # rᵀP⁻¹r over its first value, r the residual and P the preconditioner
         self._gram: GramSystem | None = None
-        self._whole: tuple[LayerDerivatives, ...] | None = None  # all samples', in the model's dtype
+        self._whole: tuple[LayerDerivatives, ...] | None = None  # all samples'; of a float32 model in float32
         self._dense: Tensor | None = None
         self._Omega: list[Tensor] | None = None
         self._factorized: tuple[str, float, HessianFactorization | None] | None = None
@@ -569,7 +574,8 @@ class _Step:
             self.optimizer.stalled = False
         elif not accepted and not self.of_batch:
             # the next draw may do better
-            state["damping"] = min(100 * state["damping"], _LARGEST_DAMPING)
+            factor = 0.01 if self.cautious else 10.0 if self.group["cg_iterations"] else 100.0
+            state["damping"] = min(max(factor * state["damping"], _LEAST_DAMPING), _LARGEST_DAMPING)
 
     def newton(self) -> None:
         """A step with the exact Hessian; in 'auto', off a saddle where it finds none, and then Gauss–Newton again where
@@ -613,11 +619,11 @@ class _Step:
 
     def down_from_saddle(self) -> _Trial | None:
         """The best trial along a direction of negative curvature: of the trust-region step, here from where g ≈ 0."""
-        if math.isnan(self.before):
-            self.before = float(self.objective(self.theta[None]))
         try:  # a direction is all that is needed: where eigenvalues are negative by little, more can't be proved
             found = _trust_region(self.layers, self.gradient, 1.0, self.weight_decay, rtol=_SADDLE_RTOL)
         except SingularHessianError:  # nothing proved: the point is too nearly semidefinite for float64
+            if math.isnan(self.before):
+                self.before = float(self.objective(self.theta[None]))
             return None
         lengths = [sign * length for length in _SADDLE_LENGTHS for sign in (1.0, -1.0)]
         steps = _Steps([((length, found.step),) for length in lengths])
@@ -691,6 +697,7 @@ class _Step:
                     self.state[key] = max(factor * damping, _LEAST_DAMPING)
                     return best
                 if not self.promised(candidates) > _ROUNDING * abs(self.before):  # a larger λ promises even less
+                    self.cautious = True
                     break
             damping *= 10 if trial < 3 else 100
             if damping > _LARGEST_DAMPING:
@@ -754,6 +761,7 @@ class _Step:
 
     def finish(self, method: str, trial: _Trial | None, *, certain: bool = False, certified: bool = False) -> bool:
         """Accept the trial if f falls (or if it is certain), and report."""
+        self._factorized = None  # its memory is for the update
         optimizer = self.optimizer
         accepted = trial is not None and (certain or trial.value < self.before)
         if accepted:
@@ -770,9 +778,10 @@ class _Step:
     def move(self, step: Tensor) -> None:
         """The parameters, and the sums of earlier steps, by a step (P,)."""
         parameters = self.group["params"]
-        # in the parameters' dtype, as load_state_dict would leave it; a new tensor, since a state_dict may share it
-        momentum = self.state["momentum"].to(parameters[0])
-        self.state["momentum"] = (momentum.new_tensor(_MEMORIES)[:, None] * momentum).add_(step.to(momentum))
+        if self.search.valley:
+            # in the parameters' dtype, as load_state_dict would leave it; a new tensor, since a state_dict may share it
+            momentum = self.state["momentum"].to(parameters[0])
+            self.state["momentum"] = (momentum.new_tensor(_MEMORIES)[:, None] * momentum).add_(step.to(momentum))
         for p, piece in zip(parameters, step.split([p.numel() for p in parameters]), strict=True):
             p.copy_(p + piece.view_as(p))  # the sum in float64
 
@@ -845,12 +854,16 @@ class _Step:
 
     def conjugate_gradients(self, preconditioner: _Preconditioner) -> Tensor | None:
         """(G + cI + λD) x = −g with G of the whole batch, by a few iterations; None where rounding leaves no first."""
-        x, r = torch.zeros_like(self.gradient), -self.gradient
+        x, r, count = torch.zeros_like(self.gradient), -self.gradient, self.group["cg_iterations"]
         earlier, first = [], None  # directions, their products, and dᵀAd
-        for _ in range(self.group["cg_iterations"]):
+        self.cg_residual = 0.0 if count == 1 else 1.0  # of a single iteration it can't be told
+        for _ in range(count):
             d = preconditioner.inverse(r)
             left = float(r @ d)
-            first = left if first is None else first
+            if earlier:
+                self.cg_residual = left / first
+            else:
+                first = left
             if not left > _CG_DONE * first:
                 break
             for other, product, curvature in earlier:  # against all of them, or rounding would come to decide the step
@@ -859,14 +872,13 @@ class _Step:
             curvature = d @ Ad
             if not 0 < float(curvature) < math.inf:
                 break
-            self.cg_residual = left / first if earlier else 0.0  # of a single iteration it can't be told
             x = x + (r @ d / curvature) * d
             r = r - (r @ d / curvature) * Ad
             earlier.append((d, Ad, curvature))
         return x if earlier else None
 
     def whole_product(self, v: Tensor) -> Tensor:
-        """JᵀΛJ v (P,) of the whole batch, in the model's dtype as the trials are."""
+        """JᵀΛJ v (P,) of the whole batch; of a float32 model in float32, as the trials are."""
         if self._whole is None:
             single = self.objective.inputs.dtype == torch.float32
             self._whole = tuple(map(in_float32, self.layers)) if single else self.layers
@@ -945,12 +957,15 @@ class _Step:
         return self.candidates(list(found), list(found.values())) if found else None
 
     def factorized(self, curvature: str, damping: float) -> HessianFactorization | None:
-        """Its matrix at λ, the last one kept; None where it is not positive definite."""
+        """Its matrix at λ; None where it is not positive definite. The last one of a polish is kept."""
         if self._factorized is None or self._factorized[:2] != (curvature, damping):
             self._factorized = None  # one at a time in memory
             layers, shift = self.damped_layers(curvature, damping)
             H = self.dense_hessian() if curvature == "hessian" and layers is self.curvature_layers else None
-            self._factorized = (curvature, damping, _definite_factorization(layers, shift, H))
+            factorization = _definite_factorization(layers, shift, H)
+            if curvature != "hessian" or self.group["curvature"] != "auto":
+                return factorization  # it is not used again
+            self._factorized = (curvature, damping, factorization)
         return self._factorized[2]
 
 
@@ -960,11 +975,11 @@ def _quasi_newton(
     """B⁻¹v (P,), B the factored matrix after a BFGS update by each (s, y, sᵀy > 0), y the gradient's change along s."""
     v, parts = v.clone(), []
     for s, y, along in reversed(pairs):
-        parts.append(float(s @ v) / along)
-        v.sub_(y, alpha=parts[-1])
+        parts.append(s @ v / along)
+        v -= parts[-1] * y
     v = factorization._direct(v[:, None])[:, 0]
     for (s, y, along), part in zip(pairs, reversed(parts), strict=True):
-        v.add_(s, alpha=part - float(y @ v) / along)
+        v += (part - y @ v / along) * s
     return v
 
 
@@ -1049,13 +1064,14 @@ def _step_cost(model: DeepMLPWithTracking, group: dict, batch_size: int, num_dam
         forming = counted[route] - factor_operations(reduced)
         operations += tries * factor_operations(reduced) + (1 if formed_once else tries) * forming
         kept, solve = 0, 8 * 3 * reduced**2
-    if (
-        kind == "conjugate-gradients"
-    ):  # for each iteration a product with the whole batch, and a solve with the sub-batch
+    if kind == "conjugate-gradients":
+        # each iteration: a product with the whole batch, and a solve with the sub-batch, which reads its factor twice
         count = tries * group["cg_iterations"]
-        operations += count * (8 * N * reduced * half + 2 * solve / 8)
-        traffic += count * (8 * reduced * _PRODUCT_TRAFFIC + solve)
+        operations += count * (8 * N * reduced * half + 3 * solve / 8)
+        traffic += count * (8 * reduced * _PRODUCT_TRAFFIC + 2 * solve)
         solve += 8 * reduced * (2 * group["cg_iterations"])
+        if half < 1:
+            solve += 4 * (N * 2 * d + reduced) + 2.5 * N * state
     batch = 8 * N * 2 * d + 5 * N * state
     alive = max(solve + 8 * reduced * _SOLVE_VECTORS, kept + 8 * P * update_vectors)
     return StepCost(route, tries, operations, traffic, batch + 8 * P * kept_vectors + alive)

@@ -30,7 +30,13 @@ from hessian import (
     factorize_hessian,
     hessian_vector_product,
 )
-from hessian_gram import GramSystem, count_gram_operations, gauss_newton_product, scaled_output
+from hessian_gram import (
+    GramSystem,
+    count_gram_operations,
+    gauss_newton_product,
+    scaled_output,
+    split_damping,
+)
 from hessian_linear_algebra import Refined
 from newton import DampedNewton, _Step, _sub_batch, accurate_loss
 from newton_trust_region import TrustRegionStep, _trust_region, trust_region_step
@@ -1012,12 +1018,15 @@ def test_sub_batches_are_drawn_anew_and_the_gradient_is_of_all():
 @pytest.mark.parametrize("weight_decay", (0.0, 0.03))
 @pytest.mark.parametrize("metric", ("state", "parameter"))
 @pytest.mark.parametrize("route", ("gram", "sweep"))
-def test_conjugate_gradients_solve_with_the_curvature_of_the_whole_batch(route, metric, weight_decay, monkeypatch):
+@pytest.mark.parametrize("case, size", ((Case((6, 4, 7), 15, inputs=5), 4), (Case((6, 6, 4), 30, residual=True), 12)))
+def test_conjugate_gradients_solve_with_the_curvature_of_the_whole_batch(
+    case, size, route, metric, weight_decay, monkeypatch
+):
     """Against a dense solve; and one iteration is along the exact step of the sub-batch."""
     monkeypatch.setattr(newton, "_CG_DONE", 1e-24)
-    case, damping = Case((6, 4, 7), 15, inputs=5), 0.3
+    damping = 0.3
     model, loss = tracked_loss(case)
-    options = {"route": route, "metric": metric, "curvature_batch": 4, "weight_decay": weight_decay}
+    options = {"route": route, "metric": metric, "curvature_batch": size, "weight_decay": weight_decay}
     for iterations in (1, 40):
         optimizer = DampedNewton(model, cg_iterations=iterations, **options)
         with torch.inference_mode():
@@ -1035,7 +1044,7 @@ def test_conjugate_gradients_solve_with_the_curvature_of_the_whole_batch(route, 
         else:
             alone = -inverse @ step.gradient
             assert torch.nn.functional.cosine_similarity(x, alone, 0) > 1 - 1e-12
-            assert relative(x - exact, exact) > 0.1  # that sub-batch is not the batch
+            assert relative(x - exact, exact) > 0.01  # that sub-batch is not the batch
 
 
 def test_curvature_of_the_whole_batch_fits_more_samples():
@@ -1059,6 +1068,46 @@ def test_damping_falls_only_where_conjugate_gradients_got_far():
         assert optimizer.report.length >= 1 and optimizer.report.num_trials == 1
         left = optimizer.state[optimizer.param_groups[0]["params"][0]]["damping"]
         assert (left < optimizer.report.damping) == falls
+
+
+def test_conjugate_gradients_end_where_they_are_solved_for(monkeypatch):
+    """At a large λ the preconditioner is all but the matrix: two iterations of eight, and λ falls."""
+    model, x, y = Case((8, 8, 8), 120, inputs=6, classes=5).build()
+    products, whole_product = [], _Step.whole_product
+    monkeypatch.setattr(_Step, "whole_product", lambda self, v: products.append(v) or whole_product(self, v))
+    optimizer = DampedNewton(model, curvature_batch=60, damping=1e3)
+    optimizer.step(closure_of(model, x, y))
+    assert optimizer.report.num_trials == 1 and len(products) <= 2
+    assert optimizer.state[optimizer.param_groups[0]["params"][0]]["damping"] == pytest.approx(0.3 * 1e3)
+    # a single iteration can't tell whether it got far
+    optimizer = DampedNewton(model, curvature_batch=60, cg_iterations=1)
+    optimizer.step(closure_of(model, x, y))
+    assert optimizer.state[optimizer.param_groups[0]["params"][0]]["damping"] < 1
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_whole_products_are_of_the_models_dtype(monkeypatch, dtype):
+    model = DeepMLPWithTracking(6, 8, 3, 4).to(dtype)
+    x, y, seen = random_vector(12, 6).to(dtype), torch.arange(12) % 3, set()
+    monkeypatch.setattr(
+        newton, "gauss_newton_product", lambda layers, v: seen.add(v.dtype) or gauss_newton_product(layers, v)
+    )
+    DampedNewton(model, curvature_batch=4).step(closure_of(model, x, y))
+    assert seen == {dtype}
+
+
+def test_damping_comes_down_from_where_it_promises_nothing():
+    model, x, y = Case((6, 5), 14, inputs=4).build()
+    optimizer = DampedNewton(model, curvature_batch=5, damping=1e16)
+    before = model(x, y).item()
+    for _ in range(50):
+        optimizer.step(closure_of(model, x, y))
+    assert model(x, y).item() < 0.5 * before
+
+
+def test_no_inputs_leave_nothing_to_balance():
+    of_Omega, of_A = split_damping(eye(3), torch.zeros(4, 2, dtype=torch.float64), 0.01)
+    assert of_Omega.item() == of_A.item() == pytest.approx(0.1)
 
 
 def test_a_checkpoint_of_before_conjugate_gradients_goes_on_without_them():
@@ -1111,6 +1160,49 @@ def test_a_wide_first_layer_moves_in_the_span_of_its_inputs(monkeypatch, options
         assert a[:2] + a[5:] == b[:2] + b[5:] and a[2:5] == pytest.approx(b[2:5], rel=1e-11)
 
 
+def test_a_wide_first_layer_is_polished_to_a_certified_minimum(monkeypatch):
+    """With curvature='auto': the gradients on the way there are taken in the span, too."""
+    monkeypatch.setattr(newton, "_WIDE_LAYER", 1)
+    model, x, y = WIDE.build()
+    optimizer, methods = DampedNewton(model, weight_decay=1e-2), set()
+    for _ in range(200):
+        optimizer.step(closure_of(model, x, y))
+        methods.add(optimizer.report.method)
+        if optimizer.converged:
+            break
+    assert "hessian" in methods and optimizer.report.certified
+    assert torch.linalg.vector_norm(objective_gradient(model, x, y, 1e-2)) < 1e-11
+
+
+def test_quasi_newton_steps_learn_from_the_steps_that_were_taken(monkeypatch):
+    """Each pair is a step and what it did to the gradient, from where the one before ended."""
+    model, x, y = Case((6, 5), 20, inputs=4, loss="mse").build()
+    optimizer, seen, finished = DampedNewton(model, weight_decay=0.05), [], []
+    quasi_newton, followed = newton._quasi_newton, _Step.followed
+
+    def recorded(factorization, pairs, v):
+        seen[:] = [(s.clone(), change.clone()) for s, change, _ in pairs]
+        return quasi_newton(factorization, pairs, v)
+
+    def traced(step, best):
+        seen.clear()
+        end = followed(step, best)
+        at = step.theta.clone()
+        for s, change in seen:
+            after = at + s
+            exact = step.objective.gradient(after) - step.objective.gradient(at)
+            assert relative(change - exact, exact) < 1e-8
+            at = after
+        finished.append(len(seen))
+        return end
+
+    monkeypatch.setattr(newton, "_quasi_newton", recorded)
+    monkeypatch.setattr(_Step, "followed", traced)
+    while not (finished and finished[-1] >= 3):
+        optimizer.step(closure_of(model, x, y))
+        assert not optimizer.converged
+
+
 def test_a_wide_first_layer_by_the_gram_route(monkeypatch):
     monkeypatch.setattr(newton, "_WIDE_LAYER", 1)
     model, x, y = WIDE.build()
@@ -1138,6 +1230,7 @@ def test_what_a_step_leaves_can_be_differentiated(route):
         (Case((16,) * 10, 24, inputs=16, classes=8), {"route": "gram"}, "gram"),
         (Case((16,) * 10, 24, inputs=16, classes=8), {"route": "sweep"}, "sweep"),
         (Case((12,) * 8, 20, inputs=4096, classes=300), {"curvature_batch": 6}, "sweep"),
+        (Case((12,) * 8, 400, inputs=12, classes=3), {"curvature_batch": 4}, "gram"),
         (Case((4, 4), 60, inputs=4, classes=3), {"curvature": "hessian", "metric": "parameter"}, "dense"),
     ),
 )
@@ -1145,6 +1238,7 @@ def test_a_step_is_estimated_by_its_operations(monkeypatch, case, options, route
     """To 25 % of what is counted in it; on the meta device as on the model itself."""
     monkeypatch.setattr(newton, "_SWEEP_RATE", 1.0)
     monkeypatch.setattr(newton, "_WIDE_LAYER", 1000)
+    monkeypatch.setattr(newton, "_CG_DONE", 0.0)  # all iterations
     model, x, y = case.build()
     optimizer = DampedNewton(model, damping=1e3, **options)
     counted = counted_operations(lambda: optimizer.step(closure_of(model, x, y)))
