@@ -447,8 +447,8 @@ class DampedNewton(torch.optim.Optimizer):
     def estimate_step(self, batch_size: int, num_dampings: int | None = None) -> StepCost:
         """What a step on a batch of this size takes, before it is taken; the model may be one on the meta device.
 
-        num_dampings: λ that it tries (`report.num_trials`); None: 3 by the Gram route where it brackets the best one, so
-        without conjugate gradients, else 1, the least: a λ that is not good enough is raised, for another solve. The
+        num_dampings: λ that it tries (`report.num_trials`); None: 3 by the Gram route without conjugate gradients,
+        which brackets the best one, else 1, the least: a λ that is not good enough is raised, for another solve. The
         steps of a polish are not counted.
         """
         return _step_cost(self._model, self.param_groups[0], batch_size, num_dampings)
@@ -1065,10 +1065,10 @@ def _step_cost(model: DeepMLPWithTracking, group: dict, batch_size: int, num_dam
         operations += tries * factor_operations(reduced) + (1 if formed_once else tries) * forming
         kept, solve = 0, 8 * 3 * reduced**2
     if kind == "conjugate-gradients":
-        # each iteration: a product with the whole batch, and a solve with the sub-batch, which reads its factor twice
+        # each iteration: a product with the whole batch, and a solve with the sub-batch, which reads its factor
         count = tries * group["cg_iterations"]
         operations += count * (8 * N * reduced * half + 3 * solve / 8)
-        traffic += count * (8 * reduced * _PRODUCT_TRAFFIC + 2 * solve)
+        traffic += count * (8 * reduced * _PRODUCT_TRAFFIC + solve)
         solve += 8 * reduced * (2 * group["cg_iterations"])
         if half < 1:
             solve += 4 * (N * 2 * d + reduced) + 2.5 * N * state
