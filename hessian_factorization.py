@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _REFINED_NUMBERS = 2**23  # right-hand sides are refined together up to this many numbers
 # of the trial solve that decides whether a float32 factor will do: its residual, and in how many steps
-_PROBE_RTOL, _PROBE_STEPS = 1e-8, 8
+_PROBE_RTOL, _PROBE_STEPS = 1e-8, 10
 _DENSE_TRIAL = 3000  # a failed solve tries the dense route for its error message up to this many parameters
 
 _Setting = tuple["Damping", str, str]  # damping, route, precision
