@@ -8,9 +8,11 @@ is not run again, unless --redo names its method. table.md and curves.png there 
 
 Rivals get the best of four rates (Hessian-free: of four initial dampings) by the loss after 15 seconds, or the cap if
 less, on a seed kept aside; the first-order ones warm up linearly. On the small fixed batches they stop at a loss of
-1e-12, Newton at 1e-20; on the data sets every run takes its whole time. For test accuracy, rate and weight decay are
-chosen on that seed by validation accuracy, then for every seed the step; there Newton takes batches of 400 and exact
-solves of 32, where its training loss takes all samples and 64, and the first-order methods take batches of 64 in both.
+1e-12, Newton at 1e-20; on the data sets every run takes its whole time. For test accuracy the rate, the batch (of
+Newton and the first-order methods) and the weight decay are chosen one after the other on that seed, by validation
+accuracy, then for every seed the step: seven settings for Newton, L-BFGS and Hessian-free, nine for the first-order
+methods. Newton's exact solves take 32 samples there, and 64 for the training loss, where its batch is all of them and
+that of the first-order methods 64. The optimizer was developed on other seeds and parts of the data sets.
 
 Differences from the usual: Hessian-free takes its products by two backward passes, equal to those of curvlinops to
 rounding and five times as fast here; L-BFGS starts anew where its line search stalls; Muon and the AdamW beside it
@@ -21,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import math
 import os
@@ -45,7 +46,11 @@ RIVAL_LEVEL, NEWTON_LEVEL = 1e-12, 1e-20  # a run that is there stops
 GRADIENT_LEVELS = (1e-4, 1e-8, 1e-12)
 RATE_SEED, RATE_SECONDS = 1000, 15.0
 WARM_UP, BATCH, CURVATURE_BATCH, LBFGS_SCALE = 100, 64, 256, 1e6
-NEWTON_BATCH = 400  # where it is to generalize; chosen with the test accuracy of these seeds in view
+BATCHES = {  # where they are to generalize; None: all samples
+    "newton": (512, 256, 128, None),
+    **dict.fromkeys(("sgd", "adam", "muon"), (BATCH, 16, 256)),
+}
+FRESH = 100  # the first seed of the data sets, and the number that draws their parts
 RATES = {  # initial learning rates; of Hessian-free, initial dampings
     "sgd": (1e-3, 1e-2, 3e-2, 1e-1),
     "adam": (3e-4, 1e-3, 3e-3, 1e-2),
@@ -88,6 +93,11 @@ class Problem(NamedTuple):
     def loss(self) -> str:
         return "mse" if self.data == "sine" else "cross_entropy"
 
+    @property
+    def seed_range(self) -> range:
+        first = 0 if self.samples else FRESH
+        return range(first, first + self.seeds)
+
     def settings(self) -> dict:
         return {name: value for name, value in self._asdict().items() if name not in ("methods", "seeds")}
 
@@ -103,10 +113,10 @@ PROBLEMS = {
     "regression": Problem("sine", 6, 8, 5, 20, ALL, 64),
     "minimum_regression": Problem("sine", 6, 8, 5, 30, MINIMUM, 64, weight_decay=1e-4),
     "minimum_depth30": Problem("digits", 30, 8, 5, 60, MINIMUM, 32, weight_decay=1e-3),
-    "digits_6x32": Problem("digits", 6, 32, 3, 10, PLAIN, gain=1.0),
-    "digits_30x16": Problem("digits", 30, 16, 3, 10, PLAIN, gain=1.0),
-    "mnist_6x32": Problem("mnist", 6, 32, 3, 10, PLAIN, gain=1.0),
-    "mnist_30x16": Problem("mnist", 30, 16, 3, 10, PLAIN, gain=1.0),
+    "digits_6x32": Problem("digits", 6, 32, 5, 10, PLAIN, gain=1.0),
+    "digits_30x16": Problem("digits", 30, 16, 5, 10, PLAIN, gain=1.0),
+    "mnist_6x32": Problem("mnist", 6, 32, 5, 10, PLAIN, gain=1.0),
+    "mnist_30x16": Problem("mnist", 30, 16, 5, 10, PLAIN, gain=1.0),
 }
 
 
@@ -141,7 +151,7 @@ def load(problem: Problem, seed: int, validate: bool) -> Split:
         return Split((x, torch.sin(3 * math.pi * x) + 0.3 * torch.cos(9 * math.pi * x)))
     x, y = images(problem.data)
     num_train, num_validation = (1437, 237) if problem.data == "digits" else (4000, 500)
-    drawn_by = seed if problem.samples else 0  # the parts of a data set are the same for every seed
+    drawn_by = seed if problem.samples else FRESH  # the parts of a data set are the same for every seed
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(drawn_by))
     test = order[num_train:]
     train = order[: problem.samples or num_train - validate * num_validation]
@@ -176,13 +186,14 @@ class Job(NamedTuple):
     seed: int
     cap: float
     rate: float | None
+    batch: int | None  # None: all samples
     decay: float
     track: str  # loss: the training loss of all; accuracy: a validation part is held out
     label: str
 
     @property
     def settings(self) -> dict:
-        fields = {name: getattr(self, name) for name in ("method", "seed", "cap", "rate", "decay", "track")}
+        fields = {name: getattr(self, name) for name in ("method", "seed", "cap", "rate", "batch", "decay", "track")}
         return json.loads(json.dumps({**fields, "problem": self.problem.settings()}))
 
 
@@ -238,18 +249,18 @@ class Flat:
         return (self.loss(x, y) + 0.5 * self.decay * theta.square().sum()).item()
 
 
-def batches(x: Tensor, y: Tensor, seed: int, size: int = BATCH) -> Iterator[Data]:
+def batches(x: Tensor, y: Tensor, seed: int, size: int | None) -> Iterator[Data]:
     generator = torch.Generator().manual_seed(seed)
     while True:
-        if len(x) <= size:
+        if size is None or len(x) <= size:
             yield x, y
         else:
             for batch in torch.randperm(len(x), generator=generator).split(size):
                 yield x[batch], y[batch]
 
 
-def first_order(flat: Flat, optimizers: Sequence[torch.optim.Optimizer], data: Data, seed: int) -> StepFunction:
-    source, count, rates = batches(*data, seed), 0, [o.param_groups[0]["lr"] for o in optimizers]
+def first_order(job: Job, flat: Flat, optimizers: Sequence[torch.optim.Optimizer], data: Data) -> StepFunction:
+    source, count, rates = batches(*data, job.seed, job.batch), 0, [o.param_groups[0]["lr"] for o in optimizers]
 
     def step() -> Taken:
         nonlocal count
@@ -266,7 +277,7 @@ def first_order(flat: Flat, optimizers: Sequence[torch.optim.Optimizer], data: D
 
 def sgd(job: Job, model: DeepMLPWithTracking, data: Data) -> StepFunction:
     flat = Flat(model, job.decay)
-    return first_order(flat, [torch.optim.SGD([flat.theta], lr=job.rate, momentum=0.9, fused=True)], data, job.seed)
+    return first_order(job, flat, [torch.optim.SGD([flat.theta], lr=job.rate, momentum=0.9, fused=True)], data)
 
 
 def adam(job: Job, model: DeepMLPWithTracking, data: Data) -> StepFunction:
@@ -274,7 +285,7 @@ def adam(job: Job, model: DeepMLPWithTracking, data: Data) -> StepFunction:
     decoupled = job.track == "accuracy"
     flat = Flat(model, 0.0 if decoupled else job.decay)
     optimizer = torch.optim.AdamW([flat.theta], lr=job.rate, weight_decay=job.decay * decoupled, fused=True)
-    return first_order(flat, [optimizer], data, job.seed)
+    return first_order(job, flat, [optimizer], data)
 
 
 def muon(job: Job, model: DeepMLPWithTracking, data: Data) -> StepFunction:
@@ -285,7 +296,7 @@ def muon(job: Job, model: DeepMLPWithTracking, data: Data) -> StepFunction:
         torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw", **options),
         torch.optim.AdamW(rest, fused=True, **options),
     )
-    return first_order(Flat(model), optimizers, data, job.seed)
+    return first_order(job, Flat(model), optimizers, data)
 
 
 def lbfgs(job: Job, model: DeepMLPWithTracking, data: Data) -> StepFunction:
@@ -399,11 +410,11 @@ def conjugate_gradients(
 def newton(job: Job, model: DeepMLPWithTracking, data: Data) -> StepFunction:
     from newton import DampedNewton
 
-    options, source = NEWTONS[job.method], itertools.repeat(data)
+    options, source = NEWTONS[job.method], batches(*data, job.seed, job.batch)
     if not job.problem.samples:  # the small fixed batches take all samples, and end where they have converged
         options = options | {"curvature_batch": BATCH, "gtol": 0.0}
     if job.track == "accuracy":
-        options, source = options | {"curvature_batch": BATCH // 2}, batches(*data, job.seed, NEWTON_BATCH)
+        options = options | {"curvature_batch": BATCH // 2}
     optimizer = DampedNewton(model, **options, weight_decay=job.decay, seed=job.seed)
 
     def step() -> Taken:
@@ -537,37 +548,40 @@ def validated(run: dict) -> tuple[float, float]:
 
 
 def measure(session: Session, problem: Problem, method: str) -> None:
-    """Choose the rate, then run every seed; for a data set the same again for test accuracy."""
-    rates = RATES.get(method, (None,))[: 2 if session.quick else 4]
+    """Choose the rate, then run every seed; for a data set the same again, batch and decay too, for test accuracy."""
+    few = 2 if session.quick else 4
     probe = min(RATE_SECONDS, problem.cap) / (2 if session.quick else 1)
+    rates = RATES.get(method, (None,))[:few]
+    batch = BATCH if method in BATCHES and method not in NEWTONS else None
+    settings = {"rate": rates[0], "batch": batch, "decay": problem.weight_decay}
 
-    def job(track: str, seed: int, cap: float, rate: float | None, decay: float, label: str) -> Job:
-        return Job(problem, method, seed, cap, rate, decay, track, label)
+    def trained(track: str, seed: int, cap: float, settings: dict, label: str) -> dict:
+        return session.run(Job(problem, method, seed, cap, **settings, track=track, label=label))
 
-    rate = rates[0]
     if len(rates) > 1:
-        probes = {
-            r: session.run(job("loss", RATE_SEED, probe, r, problem.weight_decay, f"rate-{method}-{r:g}"))
-            for r in rates
-        }
+        probes = {r: trained("loss", RATE_SEED, probe, settings | {"rate": r}, f"rate-{method}-{r:g}") for r in rates}
         # of those that reached the level, the fastest
-        rate = min(rates, key=lambda r: (max(final(probes[r]), RIVAL_LEVEL), time_to(probes[r], RIVAL_LEVEL)))
-    for seed in range(problem.seeds):
-        session.run(job("loss", seed, problem.cap, rate, problem.weight_decay, f"{method}-seed{seed}"))
+        settings["rate"] = min(
+            rates, key=lambda r: (max(final(probes[r]), RIVAL_LEVEL), time_to(probes[r], RIVAL_LEVEL))
+        )
+    for seed in problem.seed_range:
+        trained("loss", seed, problem.cap, settings, f"{method}-seed{seed}")
     if problem.samples:
         return
     decays = DECOUPLED_DECAYS if method in ("adam", "muon") else L2_DECAYS
+    choices = {"rate": rates, "batch": BATCHES.get(method, (None,))[:few], "decay": decays}
+    settings = {"rate": rates[0], "batch": choices["batch"][0], "decay": decays[SEARCH_DECAY]}
+    if session.quick:
+        choices["decay"] = (settings["decay"],)
 
-    def value(pair: tuple[float | None, float]) -> tuple[float, float]:
-        rate, decay = pair
-        label = f"decay-{method}-{rate or 0:g}-{decay:g}"
-        return validated(session.run(job("accuracy", RATE_SEED, probe, rate, decay, label)))
+    def value(settings: dict) -> tuple[float, float]:
+        label = "choice-{}-{rate}-{batch}-{decay}".format(method, **settings)
+        return validated(trained("accuracy", RATE_SEED, probe, settings, label))
 
-    middle = decays[SEARCH_DECAY]
-    rate, _ = max(((r, middle) for r in rates), key=value)
-    _, decay = max(((rate, d) for d in ((middle,) if session.quick else decays)), key=value)
-    for seed in range(problem.seeds):
-        session.run(job("accuracy", seed, problem.cap, rate, decay, f"{method}-accuracy-seed{seed}"))
+    for name, values in choices.items():
+        settings = max((settings | {name: v} for v in values), key=value)
+    for seed in problem.seed_range:
+        trained("accuracy", seed, problem.cap, settings, f"{method}-accuracy-seed{seed}")
 
 
 # ------------------------------------------------------------------------------------------------------- report
@@ -580,7 +594,7 @@ def stored_runs(folder: Path, problem: Problem, track: str) -> Runs:
     runs: Runs = {}
     for method in problem.methods:
         label = method if track == "loss" else f"{method}-accuracy"
-        for seed in range(problem.seeds):
+        for seed in problem.seed_range:
             path = folder / f"{label}-seed{seed}.json"
             if path.exists():
                 run = json.loads(path.read_text())
@@ -651,7 +665,8 @@ def ratios(problem: Problem, runs: Runs, key: str, levels: tuple[float, ...]) ->
 
 
 def accuracy_table(runs: Runs) -> list[str]:
-    lines = ["", "| method | rate | weight decay | test accuracy, % | its second | loss then |", "| --- " * 6 + "|"]
+    columns = ("method", "rate", "batch", "weight decay", "test accuracy, %", "its second", "loss then")
+    lines = ["", "| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for method, done in runs.items():
         settings = done[0]["settings"]
         picks = [best_index(run) for run in done]
@@ -659,10 +674,8 @@ def accuracy_table(runs: Runs) -> list[str]:
         when = [run["history"]["seconds"][i] for run, i in zip(done, picks, strict=True)]
         loss = [run["history"]["loss"][i] for run, i in zip(done, picks, strict=True)]
         rate = "–" if settings["rate"] is None else f"{settings['rate']:g}"
-        lines.append(
-            f"| {method} | {rate} | {settings['decay']:g} | {spread(test, '.1f')} | {spread(when, '.2g')} | "
-            f"{spread(loss, '.1e')} |"
-        )
+        chosen = f"{rate} | {settings['batch'] or 'all'} | {settings['decay']:g}"
+        lines.append(f"| {method} | {chosen} | {spread(test, '.1f')} | {spread(when, '.2g')} | {spread(loss, '.1e')} |")
     return lines
 
 

@@ -89,8 +89,9 @@ _CLIMB = (1.0, 0.1, 0.01)
 _CLIMB_STATE = (3.0, 1.0, 0.1)  # of Gauss–Newton steps by the sweeps with metric='state', at all samples
 _CLIMB_CG = (10.0, 1.0, 0.3)  # of conjugate gradients on the whole batch
 _CG_SOLVED, _CG_DONE = 0.03, 1e-4  # of rᵀP⁻¹r, at the last of them: λ may fall; no more of them
+_LENGTHENED, _FURTHER = 0.5, 0.1  # such a step is doubled while f falls, if f fell to this part; then times λ
 _MAX_TRIALS = 12  # rounds of trials in a step
-_LEAST_DAMPING, _LARGEST_DAMPING = 1e-30, 1e16  # λ; at the least one none is left
+_LEAST_DAMPING, _LARGEST_DAMPING = 1e-150, 1e16  # λ; at the least one none is left
 _FLOOR = 1e-10  # of the damping of parameters in factorizations, the L2 term included: H alone may be singular
 _EXACT_BYTES = 2**32  # 'auto' uses the exact Hessian, and certifies by it, where a factorization takes no more
 _DENSE_CERTIFICATE = 3000  # up to so many parameters a dense factorization certifies, which is the more reliable
@@ -693,7 +694,15 @@ class _Step:
                 if best.value < self.before:
                     # where conjugate gradients did not get far, a smaller λ would leave them further away
                     unsolved = factors is _CLIMB_CG and self.cg_residual > _CG_SOLVED
-                    factor = shortened if best.length < 1 else raised if trial or unsolved else at_once
+                    if best.length < 1:
+                        factor = shortened
+                    elif trial or unsolved:
+                        factor = raised
+                    else:
+                        factor = at_once
+                        if factors is _CLIMB_CG and best.value < _LENGTHENED * self.before:
+                            best, longest = self.lengthened(best), best.length
+                            factor = _FURTHER if best.length > longest else at_once
                     self.state[key] = max(factor * damping, _LEAST_DAMPING)
                     return best
                 if not self.promised(candidates) > _ROUNDING * abs(self.before):  # a larger λ promises even less
@@ -702,6 +711,17 @@ class _Step:
             damping *= 10 if trial < 3 else 100
             if damping > _LARGEST_DAMPING:
                 break
+        return best
+
+    def lengthened(self, best: _Trial) -> _Trial:
+        """The best trial, doubled as long as f falls, if it has the greatest length tried: where a network fits its
+        data, the margins can grow by more than a step's worth."""
+        while best.length >= self.search.lengths[-1]:
+            twice = _Candidates(_Steps([((2.0, best.step),)]), [best.damping], [2 * best.length])
+            found = self.best_of(twice)
+            if not found.value < best.value:
+                break
+            best = found
         return best
 
     def promised(self, candidates: _Candidates) -> float:
