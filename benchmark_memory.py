@@ -18,7 +18,7 @@ import torch
 
 from hessian import DeepMLPWithTracking, estimate_cost, factorize_hessian
 
-RTOL, DAMPING = 1e-8, 0.1
+RTOL, DAMPING = 1e-10, 0.1
 OPTIONS = {
     "keep='solve'": {},
     "keep='inertia'": {"keep": "inertia"},

@@ -70,7 +70,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +107,7 @@ from hessian_costs import (
 from hessian_factorization import CertifiedFactorization, Factor, undamped_failure
 from hessian_linear_algebra import BLOCK, SymmetricFactor, factor_symmetric, minimum_norm, mirror, subtract_gram
 from hessian_many_classes import ManyClassPivot
+from hessian_pairs import Pair
 from hessian_reduced import Reduced, alike, join, split
 
 __all__ = [
@@ -126,6 +127,7 @@ __all__ = [
 ]
 
 Damping = float | tuple[float, ...]
+Number = TypeVar("Number", Tensor, Pair)
 
 
 class SingularHessianError(torch.linalg.LinAlgError):
@@ -262,7 +264,7 @@ class OutputHessian(NamedTuple):
         """u (N, C), or None."""
         return self.diagonal * self.diagonal.sum(1, keepdim=True).rsqrt() if self.zero_sum else None
 
-    def apply(self, s: Tensor) -> Tensor:
+    def apply(self, s: Number) -> Number:
         """Λ s for s of shape (…, N, C)."""
         if not self.zero_sum:
             return self.diagonal * s
@@ -402,7 +404,7 @@ def _flatten(layers: Sequence[LayerDerivatives], blocks: Sequence[Tensor]) -> Te
     return torch.cat(pieces, 1).mT
 
 
-def _forward_tangent(layers: Sequence[LayerDerivatives], X: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _forward_tangent(layers: Sequence[LayerDerivatives], X: Sequence[Number]) -> Iterator[tuple[Number, Number | None]]:
     """Yields s_ℓ and t_{ℓ-1}, (k, N, a) each (t_0: None), for the blocks X_ℓ (k, a, d)."""
     t = None
     for layer, block in zip(layers, X, strict=True):
@@ -414,12 +416,22 @@ def _forward_tangent(layers: Sequence[LayerDerivatives], X: Sequence[Tensor]) ->
 
 
 def _product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
-    """H v for v (P, k): the forward tangent, then the derivative of the backward pass along it.
+    """H v for v (P, k)."""
+    return _flatten(layers, _product_of_blocks(layers, _blocks(layers, v)))
+
+
+def _product_in_pairs(layers: Sequence[LayerDerivatives], v: Tensor) -> Pair:
+    """The same to twice float64's digits, H being what the float64 derivatives make it."""
+    products = _product_of_blocks(layers, [Pair.of(block) for block in _blocks(layers, v)])
+    return Pair(_flatten(layers, [x.high for x in products]), _flatten(layers, [x.low for x in products]))
+
+
+def _product_of_blocks(layers: Sequence[LayerDerivatives], X: Sequence[Number]) -> list[Number]:
+    """The forward tangent, then the derivative of the backward pass along it.
 
     δλ_L = Λ s_L,  δβ_{ℓ-1} = δλ_ℓ W + λ X[:, :-1] + σ δβ_ℓ,  δλ_ℓ = φ′ δβ_ℓ + β φ″ s_ℓ
     (H X)_ℓ = δλᵀ z̃ + λᵀ [t_{ℓ-1}, 0]
     """
-    X = _blocks(layers, v)
     tangents = list(_forward_tangent(layers, X))
     products, delta_beta = [], None
     for layer, block, (s, t) in zip(reversed(layers), reversed(X), reversed(tangents), strict=True):
@@ -439,7 +451,7 @@ def _product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
             back = delta_lambda @ layer.weight + layer.adjoint @ block[:, :, :width]
             delta_beta = _with_skip(layer.skip, back, delta_beta)
         products.append(product)
-    return _flatten(layers, products[::-1])
+    return products[::-1]
 
 
 def _damping_vector(layers: Sequence[LayerDerivatives], epsilons: Sequence[float]) -> Tensor:
@@ -787,6 +799,10 @@ class HessianFactorization(CertifiedFactorization):
 
     def _product(self, v: Tensor) -> Tensor:
         return _product(self._layers, v) + _damping_vector(self._layers, self._epsilons) * v
+
+    def _residual(self, v: Tensor, x: Tensor) -> Tensor:
+        damped = _damping_vector(self._layers, self._epsilons) * Pair.of(x)
+        return (v - (_product_in_pairs(self._layers, x) + damped)).high
 
     @staticmethod
     def _factored(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _REFINED_NUMBERS = 2**23  # right-hand sides are refined together up to this many numbers
 # of the trial solve that decides whether a float32 factor will do: its residual, and in how many steps
 _PROBE_RTOL, _PROBE_STEPS = 1e-8, 10
+_WITHIN_ROUNDING = 30.0  # a residual missed by less may be the rounding of the products that tell it
 _DENSE_TRIAL = 3000  # a failed solve tries the dense route for its error message up to this many parameters
 
 _Setting = tuple["Damping", str, str]  # damping, route, precision
@@ -69,6 +70,10 @@ class CertifiedFactorization(ABC):
     @abstractmethod
     def _product(self, v: Tensor) -> Tensor:
         """(H + εI) v for v (P, k)."""
+
+    @abstractmethod
+    def _residual(self, v: Tensor, x: Tensor) -> Tensor:
+        """v − (H + εI) x for v and x (P, k), all products and sums to twice float64's digits."""
 
     @staticmethod
     @abstractmethod
@@ -218,9 +223,11 @@ class CertifiedFactorization(ABC):
         Refined until the residual stops falling, or with a float32 factor meets rtol. Each column then has
         ‖(H + εI)x − v‖ ≤ rtol ‖v‖, by an exact product in float64, before x is rounded to v's dtype; or
         SingularHessianError is raised, with the residual reached, and an rtol and (where two trials find one) a damping
-        that will do. rtol=None: one direct sweep, no product, nothing checked (and to float32's digits only, where
-        precision is 'mixed'). Cost: O(Σ m² + m n′) a column and a sweep, two or three sweeps as a rule; with
-        checkpoint_layers, two factorizations a sweep.
+        that will do. Where float64 products can't tell so small a residual from their own rounding (missed by less
+        than 30 times), they are taken to twice its digits, as in `residual`, and x goes on to what its own rounding
+        allows: some seven times less. rtol=None: one direct sweep, no product, nothing checked (and to float32's digits
+        only, where precision is 'mixed'). Cost: O(Σ m² + m n′) a column and a sweep, two or three sweeps as a rule;
+        with checkpoint_layers, two factorizations a sweep.
         """
         columns = checked_vector(v, self.num_parameters, self._layers[0].weight.device)
         if self._factor is None:
@@ -228,18 +235,22 @@ class CertifiedFactorization(ABC):
         if rtol is None:
             return self._direct(columns).reshape(v.shape).to(v.dtype)
         x, residual = self._refined(columns, checked_rtol(rtol))
+        if bool((residual > rtol).any() & (residual < _WITHIN_ROUNDING * rtol).all()):
+            x, residual = self._refined(columns, rtol, x, residual_of=self._residual)
         if not bool((residual <= rtol).all()):
             message = self._failure(columns, x, residual, rtol)
             raise self._error(message, damping=self.damping, residual=float(residual.max()))
         return x.reshape(v.shape).to(v.dtype)
 
     def residual(self, x: Tensor, v: Tensor) -> Tensor:
-        """‖(H + εI)x − v‖/‖v‖ in float64 by an exact product: () for x and v of shape (P,), (k,) for (P, k)."""
+        """‖(H + εI)x − v‖/‖v‖: () for x and v of shape (P,), (k,) for (P, k). By a product to twice float64's digits (H
+        is that of the float64 derivatives at factor time), which takes some fifteen times as long as one in float64.
+        """
         if x.shape != v.shape:
             raise ValueError(f"x and v must have one shape, got {tuple(x.shape)} and {tuple(v.shape)}")
         x_columns, columns = (checked_vector(y, self.num_parameters, self._layers[0].weight.device) for y in (x, v))
         unit, scale = unit_columns(columns)
-        error = column_norms(unit - self._product(x_columns / scale))
+        error = column_norms(self._residual(unit, x_columns / scale))
         norm = column_norms(unit)
         return (error / torch.where(norm > 0, norm, 1.0)).reshape(v.shape[1:])
 
@@ -248,11 +259,16 @@ class CertifiedFactorization(ABC):
         with one_pool(v.device):  # layers may be recomputed: at another number of threads, to other bits
             return self._factor.solve(v.to(dtype)).to(torch.float64)
 
-    def _refined(self, v: Tensor, rtol: float, **limits) -> Refined:
+    def _refined(self, v: Tensor, rtol: float, start: Tensor | None = None, **limits) -> Refined:
         # a step on a float32 factor adds few digits: no more of them than asked for
         limits |= {"target": rtol if self.precision == "mixed" else 0.0}
-        chunks = v.split(max(1, _REFINED_NUMBERS // len(v)), 1)  # refinement keeps up to 40 arrays of its columns
-        parts = [refine(self._product, self._direct, chunk, rtol, **limits) for chunk in chunks]
+        size = max(1, _REFINED_NUMBERS // len(v))  # refinement keeps up to 40 arrays of its columns
+        chunks = v.split(size, 1)
+        starts = [None] * len(chunks) if start is None else start.split(size, 1)
+        parts = [
+            refine(self._product, self._direct, chunk, rtol, start=x, **limits)
+            for chunk, x in zip(chunks, starts, strict=True)
+        ]
         return Refined(*(torch.cat(pieces, -1) for pieces in zip(*parts, strict=True)))
 
     def _probe(self) -> bool:
@@ -271,8 +287,8 @@ class CertifiedFactorization(ABC):
         """Of a solve of v (P, k) that reached `residual` (k,) by x: what float64 can reach, and what would do."""
         worst, column = residual.max(0)
         x, failed = x[:, column, None], v[:, column, None]
-        growth = float(column_norms(unit_columns(x)[0]) / column_norms(unit_columns(failed)[0]))
-        growth *= float(x.abs().max() / failed.abs().max())
+        (x, of_x), (failed_unit, of_v) = unit_columns(x), unit_columns(failed)
+        growth = float(column_norms(x) / column_norms(failed_unit)) * float(of_x / of_v)
         reach = UNIT_ROUNDOFF * spectral_norm(self._product, v) * growth
         mixed = ", precision='mixed'" if self.precision == "mixed" else ""
         tries: list[_Setting] = [(self.damping, self.route, "float64")] if mixed else []

@@ -372,10 +372,16 @@ def column_norms(v: Tensor) -> Tensor:
 
 
 def unit_columns(v: Tensor) -> tuple[Tensor, Tensor]:
-    """v with columns of largest entry 1, and what they were divided by, so that no square under- or overflows."""
-    scale = v.abs().amax(0)
-    scale = torch.where(scale > 0, scale, 1.0)
+    """v with columns of largest entry ½ to 1, and what they were divided by, so that no square under- or overflows:
+    powers of two, which round nothing."""
+    scale = power_of_two(v.abs().amax(0))
     return v / scale, scale
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """The least one above each entry of x ≥ 0, exactly; 1 for 0. (torch.ldexp would take it in float32.)"""
+    mantissa = torch.frexp(x).mantissa
+    return torch.where(mantissa > 0, x / mantissa, 1.0)
 
 
 def refine(
@@ -384,16 +390,18 @@ def refine(
     v: Tensor,
     rtol: float,
     *,
+    start: Tensor | None = None,
+    residual_of: Callable[[Tensor, Tensor], Tensor] | None = None,
     target: float = 0.0,
     null: float = 0.0,
     max_steps: int = _MAX_REFINEMENTS,
 ) -> Refined:
-    """Refine `precondition`(v) towards A x = v, all columns at once, until the residual meets `target` or stalls.
+    """Refine x = 0, or `start`, towards A x = v, all columns at once, until the residual meets `target` or stalls.
 
     GCR: each correction is scaled, and combined with the earlier ones, so that the residual is as small as can be. With
     a good factorization a step is one of iterative refinement; where refinement would contract slowly or diverge,
     it is a Krylov method. The residual is that of x, by a product, after each step; a step that doesn't lower it is
-    dropped. Above `rtol`, slow progress goes on.
+    dropped. Above `rtol`, slow progress goes on. residual_of: v, x ↦ v − A x with more digits than a product has.
     """
     if v.shape[1] == 0:
         return Refined(v, v.new_zeros(0))
@@ -401,6 +409,11 @@ def refine(
     norm = column_norms(v)
     norm = torch.where(norm > 0, norm, 1.0)
     x, r, directions = torch.zeros_like(v), v, []
+    by_products = residual_of is None
+    residual_of = residual_of or (lambda v, x: v - product(x))
+    if start is not None:
+        x = start / scale
+        r = residual_of(v, x)
     residual, largest = column_norms(r) / norm, torch.zeros_like(norm)
     history = [residual]
     for _ in range(max_steps):
@@ -417,13 +430,13 @@ def refine(
         step = (w * r).sum(0)
         candidate = x + step * z
         # from x = 0, A x is step · w itself
-        candidate_r = v - product(candidate) if len(history) > 1 else r - step * w
+        candidate_r = r - step * w if by_products and start is None and len(history) == 1 else residual_of(v, candidate)
         better = column_norms(candidate_r) / norm < residual  # False for NaN
         x, r = torch.where(better, candidate, x), torch.where(better, candidate_r, r)
         residual = column_norms(r) / norm
         history.append(residual)
-        # no solver gets below u ‖A‖ ‖x‖ / ‖v‖; ‖A‖ from below, by the products seen
-        floor = UNIT_ROUNDOFF * largest * column_norms(x) / norm
+        # no product shows less than u ‖A‖ ‖x‖ / ‖v‖; ‖A‖ from below, by the products seen
+        floor = UNIT_ROUNDOFF * largest * column_norms(x) / norm if by_products else 0.0
         falling = residual < 0.5 * history[-2]
         if len(history) > 2:  # a rate that breaks down below rtol has met rounding: one more step would only show it
             falling &= (residual > rtol) | (residual * history[-3] < 100 * history[-2] ** 2)

@@ -17,10 +17,12 @@ import pickle
 import subprocess
 import sys
 import weakref
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hessian
 import hessian_carried
 import hessian_costs
+import hessian_factorization
 import hessian_linear_algebra
 from hessian import (
     ACTIVATIONS,
@@ -42,6 +45,7 @@ from hessian import (
 )
 from hessian_costs import count_operations, shapes_of_layers
 from hessian_linear_algebra import factor_symmetric, spectral_norm
+from hessian_pairs import Pair
 
 HERE = Path(__file__).resolve().parent
 DAMPINGS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
@@ -576,6 +580,93 @@ def test_blocks(growth, monkeypatch):
         assert float(f.residual(f.solve(v, rtol=None), v).max()) <= 1e-10
         H = dense_hessian(case)
         assert f.num_negative_eigenvalues == (torch.linalg.eigvalsh(H) < -0.1).sum() > 0
+
+
+def fractions(x: Tensor | Pair) -> np.ndarray:
+    """The same numbers, exactly."""
+    if isinstance(x, Pair):
+        return fractions(x.high) + fractions(x.low)
+    return np.vectorize(Fraction, otypes=[object])(x.numpy())
+
+
+def test_pairs_against_fractions():
+    """Entries over twelve decades that cancel, against exact arithmetic; also where all are tiny, or zero."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        digits = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return digits * 10 ** torch.randint(-6, 7, shape, generator=generator).double()
+
+    for scale in (1.0, 1e-120):
+        A, B, C = scale * numbers(2, 5, 9), numbers(9, 4), numbers(2, 5, 9)
+        A[0, 0], B[0] = 0, 0
+        A[1, :, -1] = -A[1, :, :-1].sum(1)
+        a = Pair(A, A * torch.rand(A.shape, generator=generator, dtype=torch.float64) * 2**-54)
+        exact, of_B, of_C = fractions(a), fractions(B), fractions(C)
+        products = [a @ B, (B.mT @ a.mT).mT]
+        largest = abs(exact).max(-1, keepdims=True)
+        found = [(x, exact @ of_B, largest * abs(of_B).max(0), 2.0**-70) for x in products]
+        found += [(x, exact @ of_B, abs(exact) @ abs(of_B), 2.0**-50) for x in products]
+        found.append((a.sum(-1, keepdim=True), exact.sum(-1, keepdims=True), largest, 2.0**-70))
+        accurate = [
+            (a * C, exact * of_C),
+            (C * a, exact * of_C),
+            (0.3 * a, exact * Fraction(0.3)),
+            (a / C, exact / of_C),
+        ]
+        accurate += [(a + a * C, exact + fractions(a * C)), (C - a, of_C - exact), (a - C, exact - of_C)]
+        found += [(x, y, abs(y), 2.0**-98) for x, y in accurate]
+        part = Pair(A.clone(), a.low.clone())
+        part[:, :, :3] += C[:, :, :3]
+        expected = exact.copy()
+        expected[:, :, :3] += of_C[:, :, :3]
+        found.append((part, expected, abs(expected), 2.0**-98))
+        for x, y, size, tolerance in found:
+            assert (abs(fractions(x) - y) <= Fraction(tolerance) * size).all()
+            assert (x.high + x.low == x.high).all()
+
+
+@pytest.mark.parametrize(
+    "case", [Case((6, 4, 7), 15), Case((6, 4, 7), 3, "gelu"), Case((5, 5, 4, 4), 3, residual=True)]
+)
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("curvature, mu", [("hessian", 0.0), ("hessian", 0.3), ("gauss_newton", 0.0)])
+def test_products_in_pairs_are_symmetric(case, loss, curvature, mu):
+    """uᵀ(Hv) = vᵀ(Hu) in exact arithmetic to more digits than float64 has, and Hv is the product to all of those."""
+    model, _ = tracked_loss(case._replace(loss=loss))
+    layers = hessian._modified(compute_layer_derivatives(model), curvature, mu)
+    if loss == "cross_entropy":  # 1ᵀd, rounded, is part of Λ: make it exact
+        d = layers[-1].output.diagonal.float().double()
+        layers = (*layers[:-1], layers[-1]._replace(output=hessian.OutputHessian(d, zero_sum=True)))
+    uv = random_vector(num_parameters(model), 2)
+    product = hessian._product_in_pairs(layers, uv)
+    plain = hessian._product(layers, uv)
+    assert relative(product.high - plain, plain) < 1e-14 and not torch.equal(product.high, plain)
+    (u, v), (Hu, Hv) = fractions(uv).T, fractions(product).T
+    assert abs(u @ Hv - v @ Hu) <= Fraction(1e-22) * (abs(u) @ abs(Hv))
+
+
+def test_residuals_that_float64_products_cannot_tell():
+    """εs that leave an eigenvalue of 1e-8: float64's own residual stalls above rtol, and by pairs x meets it."""
+    case = Case((7,) * 24, 5, residual=True, inputs=6)
+    model, loss = tracked_loss(case)
+    H = hessian_vector_product(model, loss, torch.eye(num_parameters(model), dtype=torch.float64))
+    gap = 1e-8 * torch.linalg.matrix_norm(H, 2).item()
+    f = factorize_hessian(model, loss, gap - torch.linalg.eigvalsh(H)[0].item(), route="sweep")
+    v = random_vector(f.num_parameters)
+    stalled = f._refined(v[:, None], 1e-16).residual.item()
+    told = hessian_linear_algebra.refine(
+        f._product, f._direct, v[:, None], 1e-16, residual_of=f._residual
+    ).residual.item()
+    assert told < 0.3 * stalled
+    rtol = math.sqrt(told * stalled)
+    x = f.solve(v, rtol=rtol)
+    residual = fractions(v) - fractions(hessian._product_in_pairs(f._layers, x[:, None]))[:, 0]
+    residual -= Fraction(f.damping) * fractions(x)
+    norm = math.sqrt(sum(residual**2)) / v.norm().item()
+    assert norm <= rtol and f.residual(x, v).item() == pytest.approx(norm)
+    with mock.patch.object(hessian_factorization, "_WITHIN_ROUNDING", 1.0), pytest.raises(SingularHessianError):
+        f.solve(v, rtol=rtol)
 
 
 def test_scale_of_the_right_hand_side():
