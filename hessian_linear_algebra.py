@@ -409,7 +409,7 @@ def refine(
     norm = column_norms(v)
     norm = torch.where(norm > 0, norm, 1.0)
     x, r, directions = torch.zeros_like(v), v, []
-    by_products = residual_of is None
+    from_zero = start is None and residual_of is None
     residual_of = residual_of or (lambda v, x: v - product(x))
     if start is not None:
         x = start / scale
@@ -430,13 +430,13 @@ def refine(
         step = (w * r).sum(0)
         candidate = x + step * z
         # from x = 0, A x is step · w itself
-        candidate_r = r - step * w if by_products and start is None and len(history) == 1 else residual_of(v, candidate)
+        candidate_r = r - step * w if from_zero and len(history) == 1 else residual_of(v, candidate)
         better = column_norms(candidate_r) / norm < residual  # False for NaN
         x, r = torch.where(better, candidate, x), torch.where(better, candidate_r, r)
         residual = column_norms(r) / norm
         history.append(residual)
         # no product shows less than u ‖A‖ ‖x‖ / ‖v‖; ‖A‖ from below, by the products seen
-        floor = UNIT_ROUNDOFF * largest * column_norms(x) / norm if by_products else 0.0
+        floor = UNIT_ROUNDOFF * largest * column_norms(x) / norm
         falling = residual < 0.5 * history[-2]
         if len(history) > 2:  # a rate that breaks down below rtol has met rounding: one more step would only show it
             falling &= (residual > rtol) | (residual * history[-3] < 100 * history[-2] ** 2)

@@ -30,7 +30,6 @@ from numbers import Integral
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hessian import (
@@ -58,6 +57,7 @@ from hessian_gram import (
     split_damping,
     state_weights,
 )
+from newton_trials import Candidates, Objective, Span, Steps, Trial
 from newton_trust_region import TrustRegionStep, _trust_region, trust_region_step
 
 __all__ = ["DampedNewton", "StepCost", "StepReport", "TrustRegionStep", "trust_region_step"]
@@ -112,7 +112,6 @@ _PRODUCT_TRAFFIC = 20  # likewise, for each iteration of conjugate gradients
 _SWEEP_RATE = 0.8
 _SPAN_PASSES = 3  # products of the span's basis with a first layer, in a step
 _WIDE_LAYER = 2**20  # weights; a first layer of so many, and few samples, is restricted to the samples' span
-_TRIAL_NUMBERS = 2**26  # numbers in the trial parameters and activations that one forward pass may hold
 
 
 class StepReport(NamedTuple):
@@ -142,157 +141,11 @@ class StepCost(NamedTuple):
         return self.operations / operations_per_second + self.traffic / bytes_per_second
 
 
-class _Steps:
-    """Trial steps as sums of a few vectors, row i Σ c·v over its terms; formed one at a time, for all of them may be
-    more than memory holds."""
-
-    def __init__(self, terms: list[tuple[tuple[float, Tensor], ...]]):
-        self._terms = terms
-
-    def __len__(self) -> int:
-        return len(self._terms)
-
-    def __getitem__(self, index: int) -> Tensor:
-        """(P,), a new tensor."""
-        (c, v), *rest = self._terms[index]
-        step = c * v
-        for c, v in rest:
-            step += c * v
-        return step
-
-
-class _Candidates(NamedTuple):
-    """Trial steps with the λ and the length that each has."""
-
-    steps: _Steps
-    dampings: list[float]
-    lengths: list[float]
-
-
-class _Trial(NamedTuple):
-    """One of them, tried."""
-
-    value: float  # f there
-    step: Tensor | None  # (P,)
-    damping: float
-    length: float
-
-
 class _Preconditioner(NamedTuple):
     """G + cI + λD with G of the sub-batch, as maps of (P,)."""
 
     inverse: Callable[[Tensor], Tensor]
     metric: Callable[[Tensor], Tensor]  # cI + λD alone
-
-
-class _Span(NamedTuple):
-    """The first layer where a step can change it: in the batch's inputs, and along each row's rest, which decays.
-
-    X (a, d) = Y Qᵀ + diag(s) U, Q an orthonormal basis of the row space of z̃ (N, d), U the part of W̃ outside of it,
-    with rows of length 1. The gradient lies in there, L2 term included, and H acts on Y alone. So a step is one of a
-    network with N + 1 inputs [z̃Q, 0] and the first weight [Y, s], however many pixels there are. (metric='state' by the
-    Gram route is then that of this network: its mean square of an input is one over the N + 1.)
-    """
-
-    basis: Tensor  # (d, N) Q
-    outside: Tensor  # (a, d) U
-    width: int  # a′ = d without the bias
-    inputs: Tensor  # (N, N + 1)
-    weight: Tensor  # (a, N + 1)
-
-    @classmethod
-    def of(cls, layer: LayerDerivatives, bias: Tensor | None) -> _Span:
-        Q, R = torch.linalg.qr(layer.inputs.mT)
-        U = layer.weight if bias is None else torch.cat([layer.weight, bias.to(layer.weight)[:, None]], 1)
-        Y = U @ Q
-        U = U - Y @ Q.mT
-        s = torch.linalg.vector_norm(U, dim=1, keepdim=True)
-        U /= torch.where(s > 0, s, 1.0)
-        inputs = torch.cat([R.mT, R.new_zeros(len(R), 1)], 1)
-        return cls(Q, U, layer.weight.shape[1], inputs, torch.cat([Y, s], 1))
-
-    def shrink(self, v: Tensor) -> Tensor:
-        """The part of a flat v (P,) that lies in there, in the coordinates (Y, s) and those of the other layers."""
-        a, d = self.outside.shape
-        weight, bias, rest = v.tensor_split((a * self.width, a * d))
-        weight, bias = weight.view(a, -1), bias.view(a, -1)
-        Y = weight @ self.basis[: self.width] + bias @ self.basis[self.width :]
-        s = torch.linalg.vecdot(weight, self.outside[:, : self.width]) + (bias * self.outside[:, self.width :]).sum(1)
-        return torch.cat([torch.cat([Y, s[:, None]], 1).flatten(), rest])
-
-    def expand(self, v: Tensor) -> Tensor:
-        """The inverse: flat, (P,)."""
-        first, rest = v.tensor_split((self.weight.numel(),))
-        Y, s = first.view_as(self.weight).tensor_split((len(self.inputs),), 1)
-        X = torch.addcmul(Y @ self.basis.mT, s, self.outside)
-        return torch.cat([X[:, : self.width].flatten(), X[:, self.width :].flatten(), rest])
-
-
-class _Objective:
-    """f at many parameter vectors at once, in one batched forward pass in the model's dtype."""
-
-    def __init__(self, model: DeepMLPWithTracking, weight_decay: float, span: _Span | None = None):
-        self.model, self.weight_decay = model, weight_decay
-        self.inputs, self.targets = model._tracked.inputs, model._tracked.targets
-        parameters = [p.detach() for layer in model.layers for p in (layer.weight, layer.bias) if p is not None]
-        self._biases = [linear.bias is not None for linear in model.layers]
-        if span is not None:
-            with torch.inference_mode(False):  # `gradient` needs a normal tensor
-                self.inputs = span.inputs.clone().to(self.inputs.dtype)
-            parameters = [span.weight, *parameters[1 + self._biases[0] :]]
-            self._biases[0] = False
-        self.theta = torch.cat([p.flatten().double() for p in parameters])
-        self._sizes = [p.numel() for p in parameters]
-        widest = max(layer.out_features for layer in model.layers)
-        self.rows = max(1, _TRIAL_NUMBERS // (len(self.theta) + 4 * len(self.inputs) * widest))
-
-    def logits(self, theta: Tensor) -> Tensor:
-        """(k, N, C) at θ (k, P)."""
-        pieces = iter(theta.to(self.inputs.dtype).split(self._sizes, 1))
-        z, last = self.inputs.expand(len(theta), *self.inputs.shape), len(self.model.layers) - 1
-        activate = self.model.activate
-        for index, bias in enumerate(self._biases):
-            weight = next(pieces).view(len(theta), -1, z.shape[2]).mT
-            h = torch.baddbmm(next(pieces)[:, None, :], z, weight) if bias else torch.bmm(z, weight)
-            z = h if index == last else activate(index, h, z)
-        return z
-
-    def __call__(self, theta: Tensor) -> Tensor:
-        """f (k,) at θ (k, P); where it overflows, NaN or infinite."""
-        theta = theta.to(self.inputs.dtype)  # what the parameters would be
-        loss = accurate_loss(self.model, self.logits(theta).double(), self.targets)
-        return loss + 0.5 * self.weight_decay * theta.double().square().sum(1) if self.weight_decay else loss
-
-    def after(self, steps: Sequence[Tensor]) -> Tensor:
-        """f (k,) after each of the steps, as many in one forward pass as memory is planned for."""
-        values = []
-        for start in range(0, len(steps), self.rows):
-            moved = [steps[i].add_(self.theta) for i in range(start, min(start + self.rows, len(steps)))]
-            values.append(self(torch.stack(moved) if len(moved) > 1 else moved[0][None]))
-        return torch.cat(values)
-
-    def gradient(self, theta: Tensor) -> Tensor:
-        """∇f (P,) at θ (P,)."""
-        with torch.inference_mode(False), torch.enable_grad():
-            theta = theta.clone().requires_grad_()  # of an inference tensor, a normal one
-            return torch.autograd.grad(self(theta[None])[0], theta)[0]
-
-
-def accurate_loss(model: DeepMLPWithTracking, logits: Tensor, targets: Tensor) -> Tensor:
-    """The model's loss (k,) of logits (k, N, C); NaN where they overflow.
-
-    For class indices with all its digits where it is tiny: log(1 + Σ_{c≠y} exp(h_c − h_y)) keeps those that
-    log Σ exp(h_c) − h_y cancels.
-    """
-    logits = torch.where(logits.isfinite().all(-1, keepdim=True), logits, math.nan)  # an infinite h_y is no good fit
-    if model.loss == "mse":
-        return (logits - targets.double()).square().mean((1, 2))
-    if targets.is_floating_point():
-        return -(targets.double() * F.log_softmax(logits, -1)).sum(-1).mean(-1)
-    target = targets.expand(logits.shape[:2])[..., None]
-    others = (logits - logits.gather(-1, target)).scatter(-1, target, -math.inf)
-    rest = torch.logsumexp(others, -1)
-    return torch.logaddexp(rest, torch.zeros_like(rest)).mean(-1)
 
 
 def _sub_batch(layers: Sequence[LayerDerivatives], chosen: Tensor) -> tuple[LayerDerivatives, ...]:
@@ -370,7 +223,7 @@ class DampedNewton(torch.optim.Optimizer):
     sweep for each λ (`factorize_hessian`); 3 to 15 forward passes on the whole batch for the trials, and 4 for each
     iteration of conjugate gradients, which keep two vectors each.
     `estimate_step` says it before. A first layer of 2²⁰ weights or more, with four times more inputs than samples, is
-    restricted to what a step can change: the same step, but for a state metric by the Gram route (`_Span`).
+    restricted to what a step can change: the same step, but for a state metric by the Gram route (`Span`).
     Raises what `factorize_hessian` raises for a loss that is not the tracked one. Not checked: that the closure returns
     the loss of the same data at each step; it need not.
     """
@@ -504,13 +357,13 @@ class _Step:
         self.optimizer = optimizer
         self.span = None
         if _is_wide(*layers[0].inputs.shape, len(layers[0].weight)):
-            self.span = _Span.of(layers[0], optimizer._model.layers[0].bias)
+            self.span = Span.of(layers[0], optimizer._model.layers[0].bias)
             layers = (layers[0]._replace(weight=self.span.weight, inputs=self.span.inputs), *layers[1:])
         self.layers = layers
         (self.group,) = optimizer.param_groups
         self.state = optimizer.state[self.group["params"][0]]
         self.weight_decay = self.group["weight_decay"]
-        self.objective = _Objective(optimizer._model, self.weight_decay, self.span)
+        self.objective = Objective(optimizer._model, self.weight_decay, self.span)
         self.theta = self.objective.theta
         self.gradient = _gradient(layers)
         if self.weight_decay:
@@ -618,7 +471,7 @@ class _Step:
         H = _dense_hessian(self.layers, len(self.theta)) if few else None
         return _definite_factorization(self.layers, shift, H) is not None
 
-    def down_from_saddle(self) -> _Trial | None:
+    def down_from_saddle(self) -> Trial | None:
         """The best trial along a direction of negative curvature: of the trust-region step, here from where g ≈ 0."""
         try:  # a direction is all that is needed: where eigenvalues are negative by little, more can't be proved
             found = _trust_region(self.layers, self.gradient, 1.0, self.weight_decay, rtol=_SADDLE_RTOL)
@@ -627,8 +480,8 @@ class _Step:
                 self.before = float(self.objective(self.theta[None]))
             return None
         lengths = [sign * length for length in _SADDLE_LENGTHS for sign in (1.0, -1.0)]
-        steps = _Steps([((length, found.step),) for length in lengths])
-        return self.best_of(_Candidates(steps, [found.damping] * len(lengths), lengths))
+        steps = Steps([((length, found.step),) for length in lengths])
+        return self.best_of(Candidates(steps, [found.damping] * len(lengths), lengths))
 
     def little_left(self) -> bool:
         """Whether the Gauss–Newton model, hardly damped, promises to lower f by a small part of it only: then f has a
@@ -642,18 +495,18 @@ class _Step:
 
     # ------------------------------------------------------------------------------------------------- the search
 
-    def best_of(self, candidates: _Candidates) -> _Trial:
+    def best_of(self, candidates: Candidates) -> Trial:
         """The candidate with the lowest f; NaN counts as infinite."""
         steps = candidates.steps
         if math.isnan(self.before):  # f itself in the same pass, so that rounding is the same
-            steps = _Steps([((0.0, self.theta),), *steps._terms])
+            steps = Steps([((0.0, self.theta),), *steps.terms])
         values = self.objective.after(steps)
         if math.isnan(self.before):
             self.before, values = float(values[0]), values[1:]
         value, index = torch.where(values.isfinite(), values, math.inf).min(0)
-        return _Trial(float(value), candidates.steps[index], candidates.dampings[index], candidates.lengths[index])
+        return Trial(float(value), candidates.steps[index], candidates.dampings[index], candidates.lengths[index])
 
-    def bracket(self, steps_at: Callable[[Sequence[float]], _Candidates | None], key: str) -> _Trial | None:
+    def bracket(self, steps_at: Callable[[Sequence[float]], Candidates | None], key: str) -> Trial | None:
         """The best of three λ around the last, then of more beyond, as long as the best one is the outermost."""
         start, factor = self.state[key], self.search.factor
         tried, best = [], None
@@ -677,7 +530,7 @@ class _Step:
             self.state[key] = best.damping
         return best
 
-    def climb(self, steps_at: Callable[[Sequence[float]], _Candidates | None], key: str) -> _Trial | None:
+    def climb(self, steps_at: Callable[[Sequence[float]], Candidates | None], key: str) -> Trial | None:
         """One λ, where each costs a factorization: raised until f falls, lowered for the next step if all went well."""
         damping, best = self.state[key], None
         factors = _CLIMB
@@ -713,22 +566,22 @@ class _Step:
                 break
         return best
 
-    def lengthened(self, best: _Trial) -> _Trial:
+    def lengthened(self, best: Trial) -> Trial:
         """The best trial, doubled as long as f falls, if it has the greatest length tried: where a network fits its
         data, the margins can grow by more than a step's worth."""
         while best.length >= self.search.lengths[-1]:
-            twice = _Candidates(_Steps([((2.0, best.step),)]), [best.damping], [2 * best.length])
+            twice = Candidates(Steps([((2.0, best.step),)]), [best.damping], [2 * best.length])
             found = self.best_of(twice)
             if not found.value < best.value:
                 break
             best = found
         return best
 
-    def promised(self, candidates: _Candidates) -> float:
+    def promised(self, candidates: Candidates) -> float:
         """By how much the damped model says that x lowers f."""
         return -0.5 * float(self.gradient @ candidates.steps[candidates.lengths.index(1.0)])
 
-    def extended(self, best: _Trial | None) -> _Trial | None:
+    def extended(self, best: Trial | None) -> Trial | None:
         """The best trial, or it and a part of what earlier steps had in common, if that is better: along a narrow bent
         valley the steps are short and alike. Elsewhere it would lead a deep network out of what its model knows."""
         if best is None or not (1 - self.search.valley) * self.before < best.value < self.before:
@@ -738,11 +591,11 @@ class _Step:
         along = [(1 - memory) * m.double() for memory, m in zip(_MEMORIES, self.state["momentum"], strict=True)]
         if self.span is not None:
             along = [self.span.shrink(m) for m in along]
-        rows = _Steps([((1.0, best.step), (c, m)) for c in _EXTENSIONS for m in along])
-        found = self.best_of(_Candidates(rows, [best.damping] * len(rows), [best.length] * len(rows)))
+        rows = Steps([((1.0, best.step), (c, m)) for c in _EXTENSIONS for m in along])
+        found = self.best_of(Candidates(rows, [best.damping] * len(rows), [best.length] * len(rows)))
         return found if found.value < best.value else best
 
-    def followed(self, best: _Trial | None) -> _Trial | None:
+    def followed(self, best: Trial | None) -> Trial | None:
         """The best trial and up to 16 steps from there by the same factorization, corrected by what the gradient did
         along the earlier ones of them (L-BFGS, with (H + cI + λD)⁻¹ in place of its first multiple of I)."""
         if best is None or not best.value < self.before:
@@ -756,14 +609,14 @@ class _Step:
             if along > 0:  # else the matrix would not stay positive definite
                 pairs.append((step, change, along))
             x = -_quasi_newton(factorization, pairs, gradient)
-            rows = _Steps([((1.0, best.step), (a, x)) for a in _FOLLOWING_LENGTHS])
-            found = self.best_of(_Candidates(rows, [best.damping] * len(rows), [*_FOLLOWING_LENGTHS]))
+            rows = Steps([((1.0, best.step), (a, x)) for a in _FOLLOWING_LENGTHS])
+            found = self.best_of(Candidates(rows, [best.damping] * len(rows), [*_FOLLOWING_LENGTHS]))
             if not found.value < best.value:
                 break
             step, best = found.length * x, found._replace(length=best.length)
         return best
 
-    def last_digits(self) -> _Trial | None:
+    def last_digits(self) -> Trial | None:
         """Newton's step, undamped, where it promises less than f can show: taken if f stays and ‖g‖ falls."""
         candidates = self.hessian_steps([_LEAST_DAMPING])
         if candidates is None:
@@ -776,10 +629,10 @@ class _Step:
         value = float(self.objective((self.theta + x)[None]))
         flat = value <= self.before + _ROUNDING * abs(self.before)
         if flat and float(torch.linalg.vector_norm(self.objective.gradient(self.theta + x))) < self.gradient_norm:
-            return _Trial(value, x, 0.0, 1.0)
+            return Trial(value, x, 0.0, 1.0)
         return None
 
-    def finish(self, method: str, trial: _Trial | None, *, certain: bool = False, certified: bool = False) -> bool:
+    def finish(self, method: str, trial: Trial | None, *, certain: bool = False, certified: bool = False) -> bool:
         """Accept the trial if f falls (or if it is certain), and report."""
         self._factorized = None  # its memory is for the update
         optimizer = self.optimizer
@@ -789,7 +642,7 @@ class _Step:
             with torch.inference_mode(False), torch.no_grad():
                 self.move(step)
         optimizer.stalled = not accepted and not optimizer.converged
-        value, _, damping, length = trial or _Trial(math.nan, None, math.nan, math.nan)
+        value, _, damping, length = trial or Trial(math.nan, None, math.nan, math.nan)
         optimizer.report = StepReport(
             method, accepted, self.before, value, self.gradient_norm, damping, length, self.num_trials, certified
         )
@@ -821,7 +674,7 @@ class _Step:
                 self._gram = GramSystem(*options, self.gradient, without_residual=True)
         return self._gram
 
-    def gram_steps(self, dampings: Sequence[float], corrected: bool = True) -> _Candidates | None:
+    def gram_steps(self, dampings: Sequence[float], corrected: bool = True) -> Candidates | None:
         gram, found, systems = self.gram_system(), {}, []
         corrected = corrected and self.optimizer._model.loss == "mse" and self.of_batch
         for damping in dampings:
@@ -851,7 +704,7 @@ class _Step:
 
     def candidates(
         self, dampings: Sequence[float], x: Sequence[Tensor], y: Sequence[Tensor] | None = None
-    ) -> _Candidates:
+    ) -> Candidates:
         """a x, and a x + a² y where there are corrections y, for each λ and length a."""
         lengths = self.search.lengths
         rows = [[((a, step),) for a in lengths] for step in x]
@@ -861,9 +714,9 @@ class _Step:
                 for plain, step, bend in zip(rows, x, y, strict=True)
             ]
             lengths = lengths + lengths
-        return _Candidates(_Steps(sum(rows, [])), [d for d in dampings for _ in lengths], [*lengths] * len(dampings))
+        return Candidates(Steps(sum(rows, [])), [d for d in dampings for _ in lengths], [*lengths] * len(dampings))
 
-    def cg_steps(self, dampings: Sequence[float]) -> _Candidates | None:
+    def cg_steps(self, dampings: Sequence[float]) -> Candidates | None:
         found = {}
         for damping in dampings:
             preconditioner = self.preconditioner(damping)
@@ -921,10 +774,10 @@ class _Step:
             lambda v: factorization._direct(v[:, None])[:, 0], lambda v: _product(metric, v[:, None])[:, 0] + shift * v
         )
 
-    def sweep_steps(self, dampings: Sequence[float]) -> _Candidates | None:
+    def sweep_steps(self, dampings: Sequence[float]) -> Candidates | None:
         return self.exact_steps("gauss_newton", dampings)
 
-    def hessian_steps(self, dampings: Sequence[float]) -> _Candidates | None:
+    def hessian_steps(self, dampings: Sequence[float]) -> Candidates | None:
         return self.exact_steps("hessian", dampings)
 
     def is_dense(self) -> bool:
@@ -964,7 +817,7 @@ class _Step:
         layers = _modified(self.curvature_layers, curvature, left if jointly else 0.0)
         return self.penalized(layers, left) if by_state and not jointly else layers, shift
 
-    def exact_steps(self, curvature: str, dampings: Sequence[float]) -> _Candidates | None:
+    def exact_steps(self, curvature: str, dampings: Sequence[float]) -> Candidates | None:
         """x by a factorization for each λ; left out where the matrix is not positive definite, or solved badly."""
         found = {}
         for damping in dampings:

@@ -38,7 +38,8 @@ from hessian_gram import (
     split_damping,
 )
 from hessian_linear_algebra import Refined
-from newton import DampedNewton, _Step, _sub_batch, accurate_loss
+from newton import DampedNewton, _Step, _sub_batch
+from newton_trials import accurate_loss
 from newton_trust_region import TrustRegionStep, _trust_region, trust_region_step
 from test_hessian import (
     Case,
@@ -893,10 +894,10 @@ def poison_trials(monkeypatch, value: float | None) -> None:
         moved = (theta.to(self.inputs.dtype) != self.theta.to(self.inputs.dtype)).any(1)
         return torch.where(moved[:, None, None], value, out)
 
-    monkeypatch.setattr(newton._Objective, "logits", plain_logits if value is None else poisoned)
+    monkeypatch.setattr(newton.Objective, "logits", plain_logits if value is None else poisoned)
 
 
-plain_logits = newton._Objective.logits
+plain_logits = newton.Objective.logits
 
 
 @pytest.mark.parametrize("poison", (math.nan, math.inf, -math.inf))
@@ -1096,13 +1097,13 @@ def test_a_step_is_lengthened_where_a_network_fits_its_data():
         report = optimizer.report
         if report.length > 2:
             lengthened += 1
-            value = float(newton.accurate_loss(model, model(x)[None].detach(), y))
+            value = float(accurate_loss(model, model(x)[None].detach(), y))
             assert value == pytest.approx(report.new_objective) and value < 0.5 * report.objective
             twice = copy.deepcopy(model)
             with torch.no_grad():
                 for p, old in zip(twice.parameters(), before, strict=True):
                     p.add_(p - old)
-            assert float(newton.accurate_loss(twice, twice(x)[None].detach(), y)) >= value
+            assert float(accurate_loss(twice, twice(x)[None].detach(), y)) >= value
             left = optimizer.state[optimizer.param_groups[0]["params"][0]]["damping"]
             assert left == pytest.approx(0.1 * report.damping)
     assert lengthened
