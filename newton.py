@@ -89,9 +89,8 @@ _CLIMB = (1.0, 0.1, 0.01)
 _CLIMB_STATE = (3.0, 1.0, 0.1)  # of Gauss–Newton steps by the sweeps with metric='state', at all samples
 _CLIMB_CG = (10.0, 1.0, 0.3)  # of conjugate gradients on the whole batch
 _CG_SOLVED, _CG_DONE = 0.03, 1e-4  # of rᵀP⁻¹r, at the last of them: λ may fall; no more of them
-_LENGTHENED, _FURTHER = 0.5, 0.1  # such a step is doubled while f falls, if f fell to this part; then times λ
 _MAX_TRIALS = 12  # rounds of trials in a step
-_LEAST_DAMPING, _LARGEST_DAMPING = 1e-150, 1e16  # λ; at the least one none is left
+_LEAST_DAMPING, _LARGEST_DAMPING = 1e-30, 1e16  # λ; at the least one none is left
 _FLOOR = 1e-10  # of the damping of parameters in factorizations, the L2 term included: H alone may be singular
 _EXACT_BYTES = 2**32  # 'auto' uses the exact Hessian, and certifies by it, where a factorization takes no more
 _DENSE_CERTIFICATE = 3000  # up to so many parameters a dense factorization certifies, which is the more reliable
@@ -223,7 +222,7 @@ class DampedNewton(torch.optim.Optimizer):
     sweep for each λ (`factorize_hessian`); 3 to 15 forward passes on the whole batch for the trials, and 4 for each
     iteration of conjugate gradients, which keep two vectors each.
     `estimate_step` says it before. A first layer of 2²⁰ weights or more, with four times more inputs than samples, is
-    restricted to what a step can change: the same step, but for a state metric by the Gram route (`Span`).
+    restricted to what a step can change (`newton_trials.Span`): the same step, but for a state metric by the Gram route.
     Raises what `factorize_hessian` raises for a loss that is not the tracked one. Not checked: that the closure returns
     the loss of the same data at each step; it need not.
     """
@@ -379,6 +378,7 @@ class _Step:
         self.curvature_layers = layers
         self.before = math.nan
         self.num_trials = 0
+        self.largest = 0.0  # λ tried by `climb`
         self.cautious = False  # the last λ was so large that the model promised nothing
         self.cg_residual = 1.0  # rᵀP⁻¹r over its first value, r the residual and P the preconditioner
         self._gram: GramSystem | None = None
@@ -428,7 +428,9 @@ class _Step:
             self.optimizer.stalled = False
         elif not accepted and not self.of_batch:
             # the next draw may do better
-            factor = 0.01 if self.cautious else 10.0 if self.group["cg_iterations"] else 100.0
+            factor = 0.01 if self.cautious else 100.0
+            if self.group["cg_iterations"] and not self.cautious:
+                factor = self.largest / state["damping"]  # none up to there: λ was that of other data
             state["damping"] = min(max(factor * state["damping"], _LEAST_DAMPING), _LARGEST_DAMPING)
 
     def newton(self) -> None:
@@ -540,22 +542,14 @@ class _Step:
             factors = _CLIMB_STATE
         shortened, raised, at_once = factors
         for trial in range(_MAX_TRIALS):
-            self.num_trials = trial + 1
+            self.num_trials, self.largest = trial + 1, damping
             candidates = steps_at([damping])
             if candidates is not None:
                 best = self.best_of(candidates)
                 if best.value < self.before:
                     # where conjugate gradients did not get far, a smaller λ would leave them further away
                     unsolved = factors is _CLIMB_CG and self.cg_residual > _CG_SOLVED
-                    if best.length < 1:
-                        factor = shortened
-                    elif trial or unsolved:
-                        factor = raised
-                    else:
-                        factor = at_once
-                        if factors is _CLIMB_CG and best.value < _LENGTHENED * self.before:
-                            best, longest = self.lengthened(best), best.length
-                            factor = _FURTHER if best.length > longest else at_once
+                    factor = shortened if best.length < 1 else raised if trial or unsolved else at_once
                     self.state[key] = max(factor * damping, _LEAST_DAMPING)
                     return best
                 if not self.promised(candidates) > _ROUNDING * abs(self.before):  # a larger λ promises even less
@@ -564,17 +558,6 @@ class _Step:
             damping *= 10 if trial < 3 else 100
             if damping > _LARGEST_DAMPING:
                 break
-        return best
-
-    def lengthened(self, best: Trial) -> Trial:
-        """The best trial, doubled as long as f falls, if it has the greatest length tried: where a network fits its
-        data, the margins can grow by more than a step's worth."""
-        while best.length >= self.search.lengths[-1]:
-            twice = Candidates(Steps([((2.0, best.step),)]), [best.damping], [2 * best.length])
-            found = self.best_of(twice)
-            if not found.value < best.value:
-                break
-            best = found
         return best
 
     def promised(self, candidates: Candidates) -> float:
