@@ -12,7 +12,8 @@ less, on a seed kept aside; the first-order ones warm up linearly. On the small 
 Newton and the first-order methods) and the weight decay are chosen one after the other on that seed, by validation
 accuracy, then for every seed the step: seven settings for Newton, L-BFGS and Hessian-free, nine for the first-order
 methods. Newton's exact solves take 32 samples there, and 64 for the training loss, where its batch is all of them and
-that of the first-order methods 64. The optimizer was developed on other seeds and parts of the data sets.
+that of the first-order methods 64. The data sets are parted anew, and their seeds are others, than where the optimizer
+was developed; the images are the same.
 
 Differences from the usual: Hessian-free takes its products by two backward passes, equal to those of curvlinops to
 rounding and five times as fast here; L-BFGS starts anew where its line search stalls; Muon and the AdamW beside it

@@ -271,7 +271,8 @@ class OutputHessian(NamedTuple):
         # measured from the likeliest class, which changes nothing, so that nothing cancels where its π is nearly 1
         s = s.expand(*s.shape[:-2], *self.diagonal.shape)
         s = s - s.gather(-1, self.diagonal.argmax(-1, keepdim=True).expand(*s.shape[:-1], 1))
-        return self.diagonal * (s - (self.diagonal * s).sum(-1, keepdim=True) / self.diagonal.sum(-1, keepdim=True))
+        d = Pair.of(self.diagonal) if isinstance(s, Pair) else self.diagonal
+        return self.diagonal * (s - (self.diagonal * s).sum(-1, keepdim=True) / d.sum(-1, keepdim=True))
 
     def times(self, weight: Tensor) -> Tensor:
         """Λ_b W (N, C, a′) for W (C, a′)."""
@@ -421,7 +422,7 @@ def _product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
 
 
 def _product_in_pairs(layers: Sequence[LayerDerivatives], v: Tensor) -> Pair:
-    """The same to twice float64's digits, H being what the float64 derivatives make it."""
+    """The same to some 70 bits (hessian_pairs.py), H being what the float64 derivatives make it."""
     products = _product_of_blocks(layers, [Pair.of(block) for block in _blocks(layers, v)])
     return Pair(_flatten(layers, [x.high for x in products]), _flatten(layers, [x.low for x in products]))
 

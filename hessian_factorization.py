@@ -73,7 +73,7 @@ class CertifiedFactorization(ABC):
 
     @abstractmethod
     def _residual(self, v: Tensor, x: Tensor) -> Tensor:
-        """v − (H + εI) x for v and x (P, k), all products and sums to twice float64's digits."""
+        """v − (H + εI) x for v and x (P, k), products and sums to more digits than float64's (hessian_pairs.py)."""
 
     @staticmethod
     @abstractmethod
@@ -223,29 +223,28 @@ class CertifiedFactorization(ABC):
         Refined until the residual stops falling, or with a float32 factor meets rtol. Each column then has
         ‖(H + εI)x − v‖ ≤ rtol ‖v‖, by an exact product in float64, before x is rounded to v's dtype; or
         SingularHessianError is raised, with the residual reached, and an rtol and (where two trials find one) a damping
-        that will do. Where float64 products can't tell so small a residual from their own rounding (missed by less
-        than 30 times), they are taken to twice its digits, as in `residual`, and x goes on to what its own rounding
-        allows: some seven times less. rtol=None: one direct sweep, no product, nothing checked (and to float32's digits
-        only, where precision is 'mixed'). Cost: O(Σ m² + m n′) a column and a sweep, two or three sweeps as a rule;
-        with checkpoint_layers, two factorizations a sweep.
+        that will do. A column that misses rtol by less than 30 times may do so by the rounding of the products: its
+        residual is then taken as `residual` does, and it goes on to what the rounding of x allows, as a rule a seventh.
+        rtol=None: one direct sweep, no product, nothing checked (and to float32's digits only, where precision is
+        'mixed'). Cost: O(Σ m² + m n′) a column and a sweep, two or three sweeps as a rule, two to five more and as many
+        residuals (`residual` says their cost) where products don't tell; with checkpoint_layers, two factorizations a
+        sweep.
         """
         columns = checked_vector(v, self.num_parameters, self._layers[0].weight.device)
         if self._factor is None:
             raise ValueError("factored with keep='inertia': factor with keep='solve' to solve")
         if rtol is None:
             return self._direct(columns).reshape(v.shape).to(v.dtype)
-        x, residual = self._refined(columns, checked_rtol(rtol))
-        if bool((residual > rtol).any() & (residual < _WITHIN_ROUNDING * rtol).all()):
-            x, residual = self._refined(columns, rtol, x, residual_of=self._residual)
+        x, residual = self._certified(columns, checked_rtol(rtol))
         if not bool((residual <= rtol).all()):
             message = self._failure(columns, x, residual, rtol)
             raise self._error(message, damping=self.damping, residual=float(residual.max()))
         return x.reshape(v.shape).to(v.dtype)
 
     def residual(self, x: Tensor, v: Tensor) -> Tensor:
-        """‖(H + εI)x − v‖/‖v‖: () for x and v of shape (P,), (k,) for (P, k). By a product to twice float64's digits (H
-        is that of the float64 derivatives at factor time), which takes some fifteen times as long as one in float64.
-        """
+        """‖(H + εI)x − v‖/‖v‖: () for x and v of shape (P,), (k,) for (P, k). By a product to some 70 bits, which takes
+        about fifteen times as long as one in float64. H is that which the float64 derivatives at factor time define:
+        their own rounding is not seen."""
         if x.shape != v.shape:
             raise ValueError(f"x and v must have one shape, got {tuple(x.shape)} and {tuple(v.shape)}")
         x_columns, columns = (checked_vector(y, self.num_parameters, self._layers[0].weight.device) for y in (x, v))
@@ -271,6 +270,15 @@ class CertifiedFactorization(ABC):
         ]
         return Refined(*(torch.cat(pieces, -1) for pieces in zip(*parts, strict=True)))
 
+    def _certified(self, v: Tensor, rtol: float) -> Refined:
+        """Refined, and once more by residuals in pairs where products may not tell whether rtol is met."""
+        x, residual = self._refined(v, rtol)
+        untold = (residual > rtol) & (residual < _WITHIN_ROUNDING * rtol)
+        if bool(untold.any()):
+            found = self._refined(v[:, untold], rtol, x[:, untold], residual_of=self._residual)
+            x[:, untold], residual[untold] = found
+        return Refined(x, residual)
+
     def _probe(self) -> bool:
         """Whether a float32 factor refines a fixed random v to _PROBE_RTOL in _PROBE_STEPS, or would at the rate of the
         first of them."""
@@ -287,8 +295,8 @@ class CertifiedFactorization(ABC):
         """Of a solve of v (P, k) that reached `residual` (k,) by x: what float64 can reach, and what would do."""
         worst, column = residual.max(0)
         x, failed = x[:, column, None], v[:, column, None]
-        (x, of_x), (failed_unit, of_v) = unit_columns(x), unit_columns(failed)
-        growth = float(column_norms(x) / column_norms(failed_unit)) * float(of_x / of_v)
+        (x, of_x), (unit, of_v) = unit_columns(x), unit_columns(failed)
+        growth = float(column_norms(x) / column_norms(unit)) * float(of_x / of_v)
         reach = UNIT_ROUNDOFF * spectral_norm(self._product, v) * growth
         mixed = ", precision='mixed'" if self.precision == "mixed" else ""
         tries: list[_Setting] = [(self.damping, self.route, "float64")] if mixed else []
@@ -296,7 +304,7 @@ class CertifiedFactorization(ABC):
             tries.append((self.damping, "dense", "float64"))
         return (
             f"(H + damping·I)x = v was solved to a relative residual of {worst:.1e}, not to rtol={rtol:g}, at "
-            f"{self._dampings()}{mixed}; float64 can't be expected below {reach:.0e}. "
+            f"{self._dampings()}{mixed}; the rounding of x alone may leave {reach:.0e}. "
             + self._advice(float(worst), failed, rtol, tries + self._larger(10.0, 1000.0))
         )
 
@@ -312,7 +320,7 @@ class CertifiedFactorization(ABC):
         advice = "Pass another damping"
         for new in tries:
             try:
-                residual = self._again(*new)._refined(v, rtol).residual
+                residual = self._again(*new)._certified(v, rtol).residual
             except (self._error, MemoryError):  # the error that is being written counts, not this one
                 continue
             if bool((residual <= rtol).all()):

@@ -372,16 +372,16 @@ def column_norms(v: Tensor) -> Tensor:
 
 
 def unit_columns(v: Tensor) -> tuple[Tensor, Tensor]:
-    """v with columns of largest entry ½ to 1, and what they were divided by, so that no square under- or overflows:
+    """v with columns of largest entry in [1, 2), and what they were divided by, so that no square under- or overflows:
     powers of two, which round nothing."""
     scale = power_of_two(v.abs().amax(0))
     return v / scale, scale
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """The least one above each entry of x ≥ 0, exactly; 1 for 0. (torch.ldexp would take it in float32.)"""
-    mantissa = torch.frexp(x).mantissa
-    return torch.where(mantissa > 0, x / mantissa, 1.0)
+    """The greatest one not above each entry of x ≥ 0, exactly; 1 for 0. (torch.ldexp would take it in float32.)"""
+    mantissa = torch.frexp(x).mantissa  # in [½, 1)
+    return torch.where(mantissa > 0, x / (2 * mantissa), 1.0)
 
 
 def refine(
@@ -409,7 +409,7 @@ def refine(
     norm = column_norms(v)
     norm = torch.where(norm > 0, norm, 1.0)
     x, r, directions = torch.zeros_like(v), v, []
-    from_zero = start is None and residual_of is None
+    by_products = residual_of is None
     residual_of = residual_of or (lambda v, x: v - product(x))
     if start is not None:
         x = start / scale
@@ -430,13 +430,14 @@ def refine(
         step = (w * r).sum(0)
         candidate = x + step * z
         # from x = 0, A x is step · w itself
-        candidate_r = r - step * w if from_zero and len(history) == 1 else residual_of(v, candidate)
+        recurred = by_products and start is None and len(history) == 1
+        candidate_r = r - step * w if recurred else residual_of(v, candidate)
         better = column_norms(candidate_r) / norm < residual  # False for NaN
         x, r = torch.where(better, candidate, x), torch.where(better, candidate_r, r)
         residual = column_norms(r) / norm
         history.append(residual)
         # no product shows less than u ‖A‖ ‖x‖ / ‖v‖; ‖A‖ from below, by the products seen
-        floor = UNIT_ROUNDOFF * largest * column_norms(x) / norm
+        floor = UNIT_ROUNDOFF * largest * column_norms(x) / norm if by_products else 0.0
         falling = residual < 0.5 * history[-2]
         if len(history) > 2:  # a rate that breaks down below rtol has met rounding: one more step would only show it
             falling &= (residual > rtol) | (residual * history[-3] < 100 * history[-2] ** 2)

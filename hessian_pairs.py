@@ -2,10 +2,11 @@
 
 A number is high + low (Dekker 1971), |low| a rounding of high. A product of matrices splits both operands into leading
 bits, few enough for their product to be exact in float64 in any order, and the rest, whose products are as much smaller
-(Ozaki, Ogita, Oishi & Rump 2012, with two pieces): its error is 2⁻⁷⁰ or so of the largest entries' product, where
-float64's is 2⁻⁵³ of Σ|a||b|, and nowhere above that.
+(Ozaki, Ogita, Oishi & Rump 2012, with two pieces): for sums of n terms the error is n^1.5 · 2⁻⁷⁹ or so of the largest
+entries' product, where float64's is up to n · 2⁻⁵³ of it.
 
-Formulas written for tensors take a Pair in place of one: the arithmetic is by operators, `tensor @ pair` included.
+Formulas of matrix calculus, linear in the tensor that a Pair takes the place of, need no change: the arithmetic is by
+operators, `tensor @ pair` included. Entries above 1e300 overflow to NaN.
 """
 
 from __future__ import annotations
@@ -78,17 +79,20 @@ class Pair:
         return -self + other
 
     def __mul__(self, factor: Tensor | float) -> Pair:
+        if isinstance(factor, Pair):
+            return NotImplemented
         product, error = _two_product(self.high, factor)
         return _normalized(product, error + self.low * factor)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: Tensor) -> Pair:
-        quotient = self.high / divisor
-        product, error = _two_product(quotient, divisor)
-        return _normalized(quotient, ((self.high - product) - error + self.low) / divisor)
+    def __truediv__(self, divisor: Pair) -> Pair:
+        quotient = self.high / divisor.high
+        return _normalized(quotient, (self - divisor * quotient).high / divisor.high)
 
     def __matmul__(self, matrix: Tensor) -> Pair:
+        if isinstance(matrix, Pair):
+            return NotImplemented
         bits = (_DIGITS - math.ceil(math.log2(max(matrix.shape[-2], 2)))) // 2
         leading, rest = _split(self.high, bits, -1)
         leading_of_matrix, rest_of_matrix = _split(matrix, bits, -2)
@@ -125,7 +129,7 @@ def _halves(x: Tensor | float) -> tuple[Tensor | float, Tensor | float]:
 
 def _split(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor]:
     """The leading bits of the entries, counted from the largest along `dim`, and the rest."""
-    # beside this number x is rounded to multiples of 2^-bits of that power of two
-    large = (1.5 * 2.0 ** (_DIGITS - 1 - bits)) * power_of_two(x.abs().amax(dim, keepdim=True))
+    # beside this number x is rounded to multiples of 2^(1 - bits) of that power of two, x being below twice it
+    large = (1.5 * 2.0 ** (_DIGITS - bits)) * power_of_two(x.abs().amax(dim, keepdim=True))
     leading = (x + large) - large
     return leading, x - leading

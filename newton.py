@@ -222,7 +222,7 @@ class DampedNewton(torch.optim.Optimizer):
     sweep for each λ (`factorize_hessian`); 3 to 15 forward passes on the whole batch for the trials, and 4 for each
     iteration of conjugate gradients, which keep two vectors each.
     `estimate_step` says it before. A first layer of 2²⁰ weights or more, with four times more inputs than samples, is
-    restricted to what a step can change (`newton_trials.Span`): the same step, but for a state metric by the Gram route.
+    restricted to what a step can change (newton_trials.py): the same step, but for a state metric by the Gram route.
     Raises what `factorize_hessian` raises for a loss that is not the tracked one. Not checked: that the closure returns
     the loss of the same data at each step; it need not.
     """

@@ -17,6 +17,7 @@ import pickle
 import subprocess
 import sys
 import weakref
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -608,11 +609,12 @@ def test_pairs_against_fractions():
         found = [(x, exact @ of_B, largest * abs(of_B).max(0), 2.0**-70) for x in products]
         found += [(x, exact @ of_B, abs(exact) @ abs(of_B), 2.0**-50) for x in products]
         found.append((a.sum(-1, keepdim=True), exact.sum(-1, keepdims=True), largest, 2.0**-70))
+        divisor = Pair.of(C) + C * 2**-55
         accurate = [
             (a * C, exact * of_C),
             (C * a, exact * of_C),
             (0.3 * a, exact * Fraction(0.3)),
-            (a / C, exact / of_C),
+            (a / divisor, exact / fractions(divisor)),
         ]
         accurate += [(a + a * C, exact + fractions(a * C)), (C - a, of_C - exact), (a - C, exact - of_C)]
         found += [(x, y, abs(y), 2.0**-98) for x, y in accurate]
@@ -626,24 +628,50 @@ def test_pairs_against_fractions():
             assert (x.high + x.low == x.high).all()
 
 
+def exact_product(layers: Sequence[hessian.LayerDerivatives], v: Tensor) -> np.ndarray:
+    """H v (P,) for v (P, 1) in fractions, of what the derivatives are in float64."""
+    X, t, tangents, products, back = [fractions(x[0]) for x in hessian._blocks(layers, v)], None, [], [], None
+    numbers = [{name: fractions(x) for name, x in y._asdict().items() if isinstance(x, Tensor)} for y in layers]
+    for layer, x, n in zip(layers, X, numbers, strict=True):
+        s = n["inputs"] @ x.T + (0 if t is None else t @ n["weight"].T)
+        tangents.append((s, t))
+        t = n["slope"] * s + (t if layer.skip and t is not None else 0)
+    for layer, x, n, (s, t) in zip(layers[::-1], X[::-1], numbers[::-1], tangents[::-1], strict=True):
+        if layer.output is None:
+            change = n["slope"] * back + n["curvature"] * s
+        else:
+            d = fractions(layer.output.diagonal)
+            mean = (d * s).sum(1, keepdims=True) / d.sum(1, keepdims=True) if layer.output.zero_sum else 0
+            change = d * (s - mean)
+        product, width = change.T @ n["inputs"], n["weight"].shape[1]
+        if t is not None:
+            product[:, :width] += n["adjoint"].T @ t
+        products = [product[:, :width].ravel(), product[:, width:].ravel(), *products]
+        back = change @ n["weight"] + n["adjoint"] @ x[:, :width] + (back if layer.skip else 0)
+    return np.concatenate(products)
+
+
+@pytest.mark.parametrize("mu, curvature", [(0.0, "hessian"), (0.3, "hessian"), (0.0, "gauss_newton")])
 @pytest.mark.parametrize(
-    "case", [Case((6, 4, 7), 15), Case((6, 4, 7), 3, "gelu"), Case((5, 5, 4, 4), 3, residual=True)]
+    "case",
+    [
+        Case((), 4),
+        Case((6, 4, 7), 6),
+        Case((6, 4, 7), 3, "gelu", bias=False),
+        Case((4, 5), 3, soft=True),
+        Case((5, 5, 4, 4), 3, residual=True),
+        Case((5, 5, 4), 3, "softplus", "mse", residual=True),
+    ],
+    ids=case_id,
 )
-@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
-@pytest.mark.parametrize("curvature, mu", [("hessian", 0.0), ("hessian", 0.3), ("gauss_newton", 0.0)])
-def test_products_in_pairs_are_symmetric(case, loss, curvature, mu):
-    """uᵀ(Hv) = vᵀ(Hu) in exact arithmetic to more digits than float64 has, and Hv is the product to all of those."""
-    model, _ = tracked_loss(case._replace(loss=loss))
+def test_products_in_pairs_against_fractions(case, mu, curvature):
+    model, _ = tracked_loss(case)
     layers = hessian._modified(compute_layer_derivatives(model), curvature, mu)
-    if loss == "cross_entropy":  # 1ᵀd, rounded, is part of Λ: make it exact
-        d = layers[-1].output.diagonal.float().double()
-        layers = (*layers[:-1], layers[-1]._replace(output=hessian.OutputHessian(d, zero_sum=True)))
-    uv = random_vector(num_parameters(model), 2)
-    product = hessian._product_in_pairs(layers, uv)
-    plain = hessian._product(layers, uv)
-    assert relative(product.high - plain, plain) < 1e-14 and not torch.equal(product.high, plain)
-    (u, v), (Hu, Hv) = fractions(uv).T, fractions(product).T
-    assert abs(u @ Hv - v @ Hu) <= Fraction(1e-22) * (abs(u) @ abs(Hv))
+    v = random_vector(num_parameters(model), 1)
+    product, plain, exact = hessian._product_in_pairs(layers, v), hessian._product(layers, v), exact_product(layers, v)
+    size = max(abs(exact))
+    assert max(abs(fractions(product)[:, 0] - exact)) <= Fraction(1e-21) * size
+    assert Fraction(1e-18) * size < max(abs(fractions(plain)[:, 0] - exact)) < Fraction(1e-14) * size
 
 
 def test_residuals_that_float64_products_cannot_tell():
@@ -661,10 +689,16 @@ def test_residuals_that_float64_products_cannot_tell():
     assert told < 0.3 * stalled
     rtol = math.sqrt(told * stalled)
     x = f.solve(v, rtol=rtol)
-    residual = fractions(v) - fractions(hessian._product_in_pairs(f._layers, x[:, None]))[:, 0]
-    residual -= Fraction(f.damping) * fractions(x)
+    residual = fractions(v) - exact_product(f._layers, x[:, None]) - Fraction(f.damping) * fractions(x)
     norm = math.sqrt(sum(residual**2)) / v.norm().item()
     assert norm <= rtol and f.residual(x, v).item() == pytest.approx(norm)
+    w = torch.cat([v[:, None], f._product(random_vector(f.num_parameters, 1))], 1)  # the second needs none of it
+    both, seen = f.solve(w, rtol=rtol), []
+    assert (f.residual(both, w) <= rtol).all()
+    residual_of = type(f)._residual
+    with mock.patch.object(type(f), "_residual", lambda f, v, x: seen.append(v.shape[1]) or residual_of(f, v, x)):
+        f.solve(w, rtol=rtol)
+    assert set(seen) == {1}
     with mock.patch.object(hessian_factorization, "_WITHIN_ROUNDING", 1.0), pytest.raises(SingularHessianError):
         f.solve(v, rtol=rtol)
 
@@ -681,6 +715,10 @@ def test_scale_of_the_right_hand_side():
         assert f.residual(0 * v, scale * v) == 1
         with pytest.raises(SingularHessianError, match="outside the range"):
             hessian_inverse_vector_product(model, loss, scale * v)
+    largest = v * (1.2e308 / v.abs().max())
+    f = factorize_hessian(model, loss, 10.0)  # x is not above v
+    assert f.residual(0 * v, largest) == 1
+    assert relative(f.solve(largest) / 1e308 - f.solve(largest / 1e308), v) <= 1e-12
 
 
 def test_undamped_answer_has_minimum_norm():
