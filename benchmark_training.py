@@ -625,6 +625,12 @@ def spread(values: list[float], form: str, cap: float | None = None) -> str:
     return median + (f", {reached} of {len(values)}" if reached < len(values) else "")
 
 
+def chosen(runs: list[dict], setting: str, none: str) -> str:
+    """Of one setting, all values that the runs have."""
+    values = {run["settings"][setting] for run in runs}
+    return ", ".join(none if x is None else f"{x:g}" for x in sorted(values, key=lambda x: (x is None, x)))
+
+
 def loss_table(problem: Problem, runs: Runs) -> list[str]:
     key, levels = ("gradient", GRADIENT_LEVELS) if problem.weight_decay else ("loss", LEVELS)
     reach = [f"s to {'‖g‖ ' if problem.weight_decay else ''}{level:.0e}" for level in levels]
@@ -632,8 +638,7 @@ def loss_table(problem: Problem, runs: Runs) -> list[str]:
     columns += ["final ‖g‖", "converged"] if problem.weight_decay else []
     lines = ["| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for method, done in runs.items():
-        rates = {run["settings"]["rate"] for run in done} - {None}
-        cells = [method, ", ".join(f"{rate:g}" for rate in sorted(rates)) or "–"]
+        cells = [method, chosen(done, "rate", "–")]
         cells += [spread([time_to(run, level, key) for run in done], ".3g", problem.cap) for level in levels]
         cells.append(spread([final(run, "steps") for run in done], ".0f"))
         cells.append(spread([final(run) for run in done], ".4g" if problem.weight_decay else ".1e"))
@@ -669,14 +674,13 @@ def accuracy_table(runs: Runs) -> list[str]:
     columns = ("method", "rate", "batch", "weight decay", "test accuracy, %", "its second", "loss then")
     lines = ["", "| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for method, done in runs.items():
-        settings = done[0]["settings"]
         picks = [best_index(run) for run in done]
         test = [100 * run["history"]["test"][i] for run, i in zip(done, picks, strict=True)]
         when = [run["history"]["seconds"][i] for run, i in zip(done, picks, strict=True)]
         loss = [run["history"]["loss"][i] for run, i in zip(done, picks, strict=True)]
-        rate = "–" if settings["rate"] is None else f"{settings['rate']:g}"
-        chosen = f"{rate} | {settings['batch'] or 'all'} | {settings['decay']:g}"
-        lines.append(f"| {method} | {chosen} | {spread(test, '.1f')} | {spread(when, '.2g')} | {spread(loss, '.1e')} |")
+        cells = [method, chosen(done, "rate", "–"), chosen(done, "batch", "all"), chosen(done, "decay", "")]
+        cells += [spread(test, ".1f"), spread(when, ".2g"), spread(loss, ".1e")]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
