@@ -90,7 +90,8 @@ def memory(args: argparse.Namespace) -> None:
         rows.append(row)
     notes = [
         "",
-        f"ε = {DAMPING}, random v, 10 classes, the model's own initialization; one run, each in a process of its own. "
+        f"ε = {DAMPING}, random v, 10 classes, the model's own initialization, certified to rtol = {RTOL:g}; one run, "
+        "each in a process of its own. "
         "Peak: VmHWM of /proc/self/status, less what was resident before the model was built, torch and the modules "
         "imported. It holds the model, its autograd graph, a direct and a certified solve, and what the libraries take "
         f"at their first call ({tiny['peak'] / 1e9:.3f} GB for two layers of width 4); the estimate is of the "
