@@ -249,9 +249,7 @@ class CertifiedFactorization(ABC):
             raise ValueError(f"x and v must have one shape, got {tuple(x.shape)} and {tuple(v.shape)}")
         x_columns, columns = (checked_vector(y, self.num_parameters, self._layers[0].weight.device) for y in (x, v))
         unit, scale = unit_columns(columns)
-        error = column_norms(
-            self._residual(unit, x_columns / scale).contiguous()
-        )  # in the order of v, to the same bits
+        error = self._residual(unit, x_columns / scale).contiguous()  # in the order of v: the same bits where x is 0
         norm = column_norms(unit)
         return (column_norms(error) / torch.where(norm > 0, norm, 1.0)).reshape(v.shape[1:])
 
