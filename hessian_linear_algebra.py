@@ -47,8 +47,8 @@ class SymmetricFactor(NamedTuple):
         for start, stop in zip(self.edges, self.edges[1:], strict=False):
             rows = B[start:stop]
             if start:
-                rows = torch.addmm(rows, self.matrix[:start, start:stop].mT, B[:start], alpha=-1)
-            B[start:stop] = self.matrix[start:stop, start:stop] @ rows
+                rows.addmm_(self.matrix[:start, start:stop].mT, B[:start], alpha=-1)
+            rows.copy_(self.matrix[start:stop, start:stop] @ rows)
         return B
 
     # Of a few vectors, as rows of b (k, m): as columns, BLAS' thin products are up to fifty times slower.
@@ -333,8 +333,8 @@ def _factor_rest(rest: Tensor) -> SymmetricFactor | None:
 
 
 def subtract_gram(P: Tensor, W: Tensor, signs: Tensor | None) -> Tensor:
-    """P ← P − Wᵀ Σ W in the lower triangle of P (n, n), in place, for W (m, n) and the diagonal of Σ (m, 1), or None
-    for Σ = I. Where P is small, in all of it, which is faster there. Returns Σ W, elsewhere in W's memory."""
+    """P ← P − Wᵀ Σ W in the blocks of P (n, n) on and below its diagonal, in place, for W (m, n) and the diagonal of
+    Σ (m, 1), or None for Σ = I. Where P is small, in all of it. Returns Σ W, where P is not small in W's memory."""
     if P.shape[0] <= BLOCK:
         signed = W if signs is None else signs * W
         P.addmm_(signed.mT, W, alpha=-1)
@@ -352,14 +352,12 @@ def largest_entry(P: Tensor) -> Tensor:
 
 
 def mirror(P: Tensor) -> None:
-    """Copy the lower triangle, as `subtract_gram` leaves it, to the upper one."""
+    """Copy the blocks below the diagonal, as `subtract_gram` leaves them, to above it."""
     if P.shape[0] <= BLOCK:
         return
     for start in range(0, len(P), BLOCK):
         stop = min(start + BLOCK, len(P))
         P[:start, start:stop] = P[start:stop, :start].mT
-        block = P[start:stop, start:stop]
-        block.copy_(block.tril() + block.tril(-1).mT)
 
 
 class Refined(NamedTuple):
