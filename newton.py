@@ -90,7 +90,9 @@ _CLIMB_STATE = (3.0, 1.0, 0.1)  # of Gauss–Newton steps by the sweeps with met
 _CLIMB_CG = (10.0, 1.0, 0.3)  # of conjugate gradients on the whole batch
 _CG_SOLVED, _CG_DONE = 0.03, 1e-4  # of rᵀP⁻¹r, at the last of them: λ may fall; no more of them
 _MAX_TRIALS = 12  # rounds of trials in a step
-_LEAST_DAMPING, _LARGEST_DAMPING = 1e-30, 1e16  # λ; at the least one none is left
+# λ; at the least one, which falls with a loss below 1 as the curvature does and comes back with it, none is left
+_LEAST_DAMPING, _LARGEST_DAMPING = 1e-30, 1e16
+_LEAST_LOSS = 1e-200  # for it: the model's own is 0 once rounding hides it
 _FLOOR = 1e-10  # of the damping of parameters in factorizations, the L2 term included: H alone may be singular
 _EXACT_BYTES = 2**32  # 'auto' uses the exact Hessian, and certifies by it, where a factorization takes no more
 _DENSE_CERTIFICATE = 3000  # up to so many parameters a dense factorization certifies, which is the more reliable
@@ -318,7 +320,7 @@ class DampedNewton(torch.optim.Optimizer):
         with torch.autocast(loss.device.type, enabled=False):
             layers = _checked_derivatives(self._model, loss)
             with torch.inference_mode():  # what outlives the step is made outside of it
-                step = _Step(self, layers)
+                step = _Step(self, layers, float(loss))
                 del layers  # of a wide first layer the step keeps less
                 step.take()
         return loss
@@ -352,8 +354,9 @@ def _check_options(options: dict) -> None:
 class _Step:
     """One step of a DampedNewton: everything that lives no longer than that."""
 
-    def __init__(self, optimizer: DampedNewton, layers: tuple[LayerDerivatives, ...]):
+    def __init__(self, optimizer: DampedNewton, layers: tuple[LayerDerivatives, ...], loss: float):
         self.optimizer = optimizer
+        self.least = _LEAST_DAMPING * min(max(loss, _LEAST_LOSS), 1.0)
         self.span = None
         if _is_wide(*layers[0].inputs.shape, len(layers[0].weight)):
             self.span = Span.of(layers[0], optimizer._model.layers[0].bias)
@@ -431,7 +434,7 @@ class _Step:
             factor = 0.01 if self.cautious else 100.0
             if self.group["cg_iterations"] and not self.cautious:
                 factor = self.largest / state["damping"]  # none up to there: λ was that of other data
-            state["damping"] = min(max(factor * state["damping"], _LEAST_DAMPING), _LARGEST_DAMPING)
+            state["damping"] = min(max(factor * state["damping"], self.least), _LARGEST_DAMPING)
 
     def newton(self) -> None:
         """A step with the exact Hessian; in 'auto', off a saddle where it finds none, and then Gauss–Newton again where
@@ -448,7 +451,7 @@ class _Step:
                 end = self.last_digits()
                 trial, state["ending"] = end or trial, end is not None
         method, lower = "hessian", state["ending"] or (trial is not None and trial.value < self.before)
-        if not lower and self.group["curvature"] == "auto" and self.factorized("hessian", _LEAST_DAMPING) is None:
+        if not lower and self.group["curvature"] == "auto" and self.factorized("hessian", self.least) is None:
             method, trial = "saddle", self.down_from_saddle()
         accepted = self.finish(method, trial, certain=state["ending"])
         if self.group["curvature"] != "auto":
@@ -488,7 +491,7 @@ class _Step:
     def little_left(self) -> bool:
         """Whether the Gauss–Newton model, hardly damped, promises to lower f by a small part of it only: then f has a
         residual there, which that model can't see the curvature of, and more of its steps won't help."""
-        damping = max(1e-6 * self.state["damping"], _LEAST_DAMPING)
+        damping = max(1e-6 * self.state["damping"], self.least)
         steps = self.gram_steps([damping], corrected=False) if self.by_gram() else self.sweep_steps([damping])
         if steps is None:
             return False
@@ -510,7 +513,7 @@ class _Step:
 
     def bracket(self, steps_at: Callable[[Sequence[float]], Candidates | None], key: str) -> Trial | None:
         """The best of three λ around the last, then of more beyond, as long as the best one is the outermost."""
-        start, factor = self.state[key], self.search.factor
+        start, factor = max(self.state[key], self.least), self.search.factor
         tried, best = [], None
         wanted = [start * factor, start, start / factor]
         for _ in range(_MAX_TRIALS):
@@ -525,7 +528,7 @@ class _Step:
                 wanted = [min(tried) / factor]
             else:
                 break
-            if not _LEAST_DAMPING < wanted[0] < _LARGEST_DAMPING:
+            if not self.least < wanted[0] < _LARGEST_DAMPING:
                 break
         self.num_trials = len(tried)
         if best is not None and best.value < self.before:
@@ -534,7 +537,7 @@ class _Step:
 
     def climb(self, steps_at: Callable[[Sequence[float]], Candidates | None], key: str) -> Trial | None:
         """One λ, where each costs a factorization: raised until f falls, lowered for the next step if all went well."""
-        damping, best = self.state[key], None
+        damping, best = max(self.state[key], self.least), None
         factors = _CLIMB
         if key == "damping" and not self.of_batch and self.group["cg_iterations"]:
             factors = _CLIMB_CG
@@ -550,7 +553,7 @@ class _Step:
                     # where conjugate gradients did not get far, a smaller λ would leave them further away
                     unsolved = factors is _CLIMB_CG and self.cg_residual > _CG_SOLVED
                     factor = shortened if best.length < 1 else raised if trial or unsolved else at_once
-                    self.state[key] = max(factor * damping, _LEAST_DAMPING)
+                    self.state[key] = max(factor * damping, self.least)
                     return best
                 if not self.promised(candidates) > _ROUNDING * abs(self.before):  # a larger λ promises even less
                     self.cautious = True
@@ -601,7 +604,7 @@ class _Step:
 
     def last_digits(self) -> Trial | None:
         """Newton's step, undamped, where it promises less than f can show: taken if f stays and ‖g‖ falls."""
-        candidates = self.hessian_steps([_LEAST_DAMPING])
+        candidates = self.hessian_steps([self.least])
         if candidates is None:
             return None
         x = candidates.steps[candidates.lengths.index(1.0)]
@@ -792,7 +795,7 @@ class _Step:
 
     def damped_layers(self, curvature: str, damping: float) -> tuple[tuple[LayerDerivatives, ...], float]:
         """The curvature and λD + cI: layers whose form is all of it but a multiple of the identity, and that."""
-        left = 0.0 if damping <= _LEAST_DAMPING else damping
+        left = 0.0 if damping <= self.least else damping
         by_state = left > 0 and self.group["metric"] == "state"
         # in the bent valleys about a minimum the exact Hessian does better if the layers' changes may cancel
         jointly = by_state and curvature == "hessian" and self.group["curvature"] == "auto"
