@@ -12,8 +12,9 @@ less, on a seed kept aside; the first-order ones warm up linearly. On the small 
 Newton and the first-order methods) and the weight decay are chosen one after the other on that seed, by validation
 accuracy, then for every seed the step: seven settings for Newton, L-BFGS and Hessian-free, nine for the first-order
 methods. Newton's exact solves take 32 samples there, and 64 for the training loss, where its batch is all of them and
-that of the first-order methods 64. The data sets are parted anew, and their seeds are others, than where the optimizer
-was developed; the images are the same.
+that of the first-order methods 64. Each seed parts a data set anew, all methods alike: how hard a test part is, is most
+of the spread, so that the table also has the differences from Newton seed by seed. The seeds, and so the parts, are
+others than where the optimizer was developed; the images are the same.
 
 Differences from the usual: Hessian-free takes its products by two backward passes, equal to those of curvlinops to
 rounding and five times as fast here; L-BFGS starts anew where its line search stalls; Muon and the AdamW beside it
@@ -51,7 +52,7 @@ BATCHES = {  # where they are to generalize; None: all samples
     "newton": (512, 256, 128, None),
     **dict.fromkeys(("sgd", "adam", "muon"), (BATCH, 16, 256)),
 }
-FRESH = 100  # the first seed of the data sets, and the number that draws their parts
+FRESH = 200  # the first seed of the data sets
 RATES = {  # initial learning rates; of Hessian-free, initial dampings
     "sgd": (1e-3, 1e-2, 3e-2, 1e-1),
     "adam": (3e-4, 1e-3, 3e-3, 1e-2),
@@ -89,18 +90,19 @@ class Problem(NamedTuple):
     samples: int | None = None  # a subset drawn by the seed, its loss alone; None: a data set, with test accuracy too
     gain: float | None = 1.2  # weights N(0, gain² / fan-in), biases 0; None: the model's own initialization
     weight_decay: float = 0.0  # w of ½ w ‖θ‖² in the objective
+    accuracy_seeds: int = 10  # of a data set: its test accuracy is the noisier
 
     @property
     def loss(self) -> str:
         return "mse" if self.data == "sine" else "cross_entropy"
 
-    @property
-    def seed_range(self) -> range:
+    def seed_range(self, track: str) -> range:
         first = 0 if self.samples else FRESH
-        return range(first, first + self.seeds)
+        return range(first, first + (self.seeds if track == "loss" else self.accuracy_seeds))
 
     def settings(self) -> dict:
-        return {name: value for name, value in self._asdict().items() if name not in ("methods", "seeds")}
+        counts = ("methods", "seeds", "accuracy_seeds")
+        return {name: value for name, value in self._asdict().items() if name not in counts}
 
 
 PROBLEMS = {
@@ -152,8 +154,7 @@ def load(problem: Problem, seed: int, validate: bool) -> Split:
         return Split((x, torch.sin(3 * math.pi * x) + 0.3 * torch.cos(9 * math.pi * x)))
     x, y = images(problem.data)
     num_train, num_validation = (1437, 237) if problem.data == "digits" else (4000, 500)
-    drawn_by = seed if problem.samples else FRESH  # the parts of a data set are the same for every seed
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(drawn_by))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     test = order[num_train:]
     train = order[: problem.samples or num_train - validate * num_validation]
     held_out = order[num_train - num_validation : num_train]
@@ -195,6 +196,8 @@ class Job(NamedTuple):
     @property
     def settings(self) -> dict:
         fields = {name: getattr(self, name) for name in ("method", "seed", "cap", "rate", "batch", "decay", "track")}
+        if not self.problem.samples:
+            fields["parts"] = self.seed  # which draws them: runs of a version that parted otherwise are done again
         return json.loads(json.dumps({**fields, "problem": self.problem.settings()}))
 
 
@@ -565,7 +568,7 @@ def measure(session: Session, problem: Problem, method: str) -> None:
         settings["rate"] = min(
             rates, key=lambda r: (max(final(probes[r]), RIVAL_LEVEL), time_to(probes[r], RIVAL_LEVEL))
         )
-    for seed in problem.seed_range:
+    for seed in problem.seed_range("loss"):
         trained("loss", seed, problem.cap, settings, f"{method}-seed{seed}")
     if problem.samples:
         return
@@ -581,7 +584,7 @@ def measure(session: Session, problem: Problem, method: str) -> None:
 
     for name, values in choices.items():
         settings = max((settings | {name: v} for v in values), key=value)
-    for seed in problem.seed_range:
+    for seed in problem.seed_range("accuracy"):
         trained("accuracy", seed, problem.cap, settings, f"{method}-accuracy-seed{seed}")
 
 
@@ -595,7 +598,7 @@ def stored_runs(folder: Path, problem: Problem, track: str) -> Runs:
     runs: Runs = {}
     for method in problem.methods:
         label = method if track == "loss" else f"{method}-accuracy"
-        for seed in problem.seed_range:
+        for seed in problem.seed_range(track):
             path = folder / f"{label}-seed{seed}.json"
             if path.exists():
                 run = json.loads(path.read_text())
@@ -671,17 +674,31 @@ def ratios(problem: Problem, runs: Runs, key: str, levels: tuple[float, ...]) ->
 
 
 def accuracy_table(runs: Runs) -> list[str]:
-    columns = ("method", "rate", "batch", "weight decay", "test accuracy, %", "its second", "loss then")
+    columns = ("method", "rate", "batch", "weight decay", "test accuracy, %", "newton − it", "its second", "loss then")
+    tests = {m: {run["settings"]["seed"]: final_test(run) for run in done} for m, done in runs.items()}
     lines = ["", "| " + " | ".join(columns) + " |", "| --- " * len(columns) + "|"]
     for method, done in runs.items():
         picks = [best_index(run) for run in done]
-        test = [100 * run["history"]["test"][i] for run, i in zip(done, picks, strict=True)]
         when = [run["history"]["seconds"][i] for run, i in zip(done, picks, strict=True)]
         loss = [run["history"]["loss"][i] for run, i in zip(done, picks, strict=True)]
         cells = [method, chosen(done, "rate", "–"), chosen(done, "batch", "all"), chosen(done, "decay", "")]
-        cells += [spread(test, ".1f"), spread(when, ".2g"), spread(loss, ".1e")]
+        cells += [spread(list(tests[method].values()), ".1f"), difference(tests.get("newton", {}), tests[method])]
+        cells += [spread(when, ".2g"), spread(loss, ".1e")]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def final_test(run: dict) -> float:
+    """In percent, at the step that validation chose."""
+    return 100 * run["history"]["test"][best_index(run)]
+
+
+def difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
+    """Mean ± standard error of ours − theirs over the seeds that both have."""
+    values = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+    if ours is theirs or len(values) < 2:
+        return "–"
+    return f"{statistics.mean(values):+.2f} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
 
 
 def median_curve(runs: list[dict], x: str, y: str) -> tuple[list[float], list[float]]:
@@ -728,9 +745,10 @@ def report(name: str, problem: Problem, folder: Path, args: argparse.Namespace) 
     runs = stored_runs(folder, problem, "loss")
     if not runs:
         return
+    seeds = f"{problem.seeds} seeds" + ("" if problem.samples else f" ({problem.accuracy_seeds} for test accuracy)")
     reached = f"{problem.num_layers} layers of width {problem.width}"
     lines = [f"`python3 benchmark.py training {name}{' --quick' if args.quick else ''}`; {machine()}.", ""]
-    lines += [f"{reached}; {problem.cap:g} s a run at most, {problem.seeds} seeds: median (least–largest).", ""]
+    lines += [f"{reached}; {problem.cap:g} s a run at most, {seeds}: median (least–largest).", ""]
     lines += loss_table(problem, runs)
     panels, titles = [(runs, "seconds", "loss"), (runs, "steps", "loss")], [name, reached]
     if problem.weight_decay:
@@ -762,7 +780,8 @@ def story(folder: Path, quick: bool) -> None:
 def shape(name: str, quick: bool) -> Problem:
     """Quick: one seed, half a second, and no net deeper than 30."""
     problem = PROBLEMS[name]
-    return problem._replace(seeds=1, cap=0.5, num_layers=min(problem.num_layers, 30)) if quick else problem
+    few = {"seeds": 1, "accuracy_seeds": 1, "cap": 0.5, "num_layers": min(problem.num_layers, 30)}
+    return problem._replace(**few) if quick else problem
 
 
 def selected(text: str) -> tuple[str, ...]:
