@@ -38,9 +38,14 @@ class SymmetricFactor(NamedTuple):
     num_negative: int
     logabsdet: float
 
+    @property
+    def is_one_block(self) -> bool:
+        """Whether `matrix` is F⁻¹ Π."""
+        return len(self.edges) == 2 and self.order is None
+
     def whiten(self, B: Tensor) -> Tensor:
-        """F⁻¹ Π B for B (m, n), row-major, in its memory where there is more than one block."""
-        if len(self.edges) == 2:
+        """F⁻¹ Π B for B (m, n), row-major, in its memory but where there is one block."""
+        if self.is_one_block:
             return self.matrix @ B
         if self.order is not None:
             B.copy_(B[self.order])
@@ -55,7 +60,7 @@ class SymmetricFactor(NamedTuple):
 
     def whiten_vectors(self, b: Tensor) -> Tensor:
         """F⁻¹ Π of each row of b (k, m), which may be overwritten."""
-        if len(self.edges) == 2:
+        if self.is_one_block:
             return b @ self.matrix.mT
         if self.order is not None:
             b = b[:, self.order]
@@ -68,7 +73,7 @@ class SymmetricFactor(NamedTuple):
 
     def unwhiten_vectors(self, b: Tensor) -> Tensor:
         """Πᵀ F⁻ᵀ of each row of b (k, m), which may be overwritten."""
-        if len(self.edges) == 2:
+        if self.is_one_block:
             return b @ self.matrix
         for start, stop in zip(self.edges[-2::-1], self.edges[:0:-1], strict=True):
             columns = b[:, start:stop]
@@ -334,7 +339,7 @@ def _factor_rest(rest: Tensor) -> SymmetricFactor | None:
 
 def subtract_gram(P: Tensor, W: Tensor, signs: Tensor | None) -> Tensor:
     """P ← P − Wᵀ Σ W in the blocks of P (n, n) on and below its diagonal, in place, for W (m, n) and the diagonal of
-    Σ (m, 1), or None for Σ = I. Where P is small, in all of it. Returns Σ W, where P is not small in W's memory."""
+    Σ (m, 1), or None for Σ = I. Where P is small, in all of it. Returns Σ W, in W's memory where P is not small."""
     if P.shape[0] <= BLOCK:
         signed = W if signs is None else signs * W
         P.addmm_(signed.mT, W, alpha=-1)
@@ -352,12 +357,15 @@ def largest_entry(P: Tensor) -> Tensor:
 
 
 def mirror(P: Tensor) -> None:
-    """Copy the blocks below the diagonal, as `subtract_gram` leaves them, to above it."""
+    """Copy the blocks below the diagonal, as `subtract_gram` leaves them, to above it, and make those on it symmetric:
+    what is not would grow from layer to layer, out of the factor's sight, which reads one triangle."""
     if P.shape[0] <= BLOCK:
         return
     for start in range(0, len(P), BLOCK):
         stop = min(start + BLOCK, len(P))
         P[:start, start:stop] = P[start:stop, :start].mT
+        block = P[start:stop, start:stop]
+        block.copy_((block + block.mT).mul_(0.5))
 
 
 class Refined(NamedTuple):
