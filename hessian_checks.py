@@ -138,17 +138,26 @@ def check_loss(model: DeepMLPWithTracking, logits: Tensor) -> None:
 
 
 @torch.no_grad()
-def checked_vector(v: Tensor, num_parameters: int, device: torch.device) -> Tensor:
+def checked_vector(v: Tensor, num_parameters: int, device: torch.device, name: str = "v") -> Tensor:
     """v as (P, k) in float64, detached."""
     if not isinstance(v, Tensor) or v.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"v must be a float32 or float64 tensor, got {getattr(v, 'dtype', type(v).__name__)}")
+        raise TypeError(
+            f"{name} must be a float32 or float64 tensor, got {getattr(v, 'dtype', type(v).__name__)}: convert it by "
+            f"torch.as_tensor({name}, dtype=torch.float64)"
+        )
     if v.dim() not in (1, 2) or v.shape[0] != num_parameters:
-        raise ValueError(f"v must have shape ({num_parameters},) or ({num_parameters}, k), got {tuple(v.shape)}")
+        raise ValueError(
+            f"{name} must have shape ({num_parameters},) or ({num_parameters}, k), got {tuple(v.shape)}: one entry a "
+            "parameter, as torch.nn.utils.parameters_to_vector(model.parameters()) orders them; k vectors as columns"
+        )
     if v.device != device:
-        raise ValueError(f"v is on {v.device} and the model on {device}: move v with v.to({str(device)!r})")
+        raise ValueError(f"{name} is on {v.device} and the model on {device}: move it with {name}.to({str(device)!r})")
     v = v.detach().to(torch.float64)
     if not bool(torch.isfinite(v).all()):
-        raise ValueError("v has entries that are NaN or infinite")
+        raise ValueError(
+            f"{name} is NaN or infinite in {int((~torch.isfinite(v)).sum())} of its {v.numel()} entries: look for "
+            "overflow where it was computed"
+        )
     return v[:, None] if v.dim() == 1 else v
 
 

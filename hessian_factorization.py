@@ -224,7 +224,7 @@ class CertifiedFactorization(ABC):
         ‖(H + εI)x − v‖ ≤ rtol ‖v‖, by an exact product in float64, before x is rounded to v's dtype; or
         SingularHessianError is raised, with the residual reached, and an rtol and (where two trials find one) a damping
         that will do. A column that misses rtol by less than 30 times may do so by the rounding of the products: its
-        residual is then taken as `residual` does, and it goes on to what the rounding of x allows, as a rule a seventh.
+        residual is then taken as `residual` does, and it goes on to what the rounding of x allows.
         rtol=None: one direct sweep, no product, nothing checked (and to float32's digits only, where precision is
         'mixed'). Cost: O(Σ m² + m n′) a column and a sweep, two or three sweeps as a rule, two to five more and as many
         residuals (`residual` says their cost) where products don't tell; with checkpoint_layers, two factorizations a
@@ -243,11 +243,16 @@ class CertifiedFactorization(ABC):
 
     def residual(self, x: Tensor, v: Tensor) -> Tensor:
         """‖(H + εI)x − v‖/‖v‖: () for x and v of shape (P,), (k,) for (P, k). By a product to some 70 bits, which takes
-        about fifteen times as long as one in float64. H is that which the float64 derivatives at factor time define:
+        more than ten times as long as one in float64. H is that which the float64 derivatives at factor time define:
         their own rounding is not seen."""
+        x_columns, columns = (
+            checked_vector(y, self.num_parameters, self._layers[0].weight.device, name)
+            for name, y in (("x", x), ("v", v))
+        )
         if x.shape != v.shape:
-            raise ValueError(f"x and v must have one shape, got {tuple(x.shape)} and {tuple(v.shape)}")
-        x_columns, columns = (checked_vector(y, self.num_parameters, self._layers[0].weight.device) for y in (x, v))
+            raise ValueError(
+                f"x and v must have one shape, got {tuple(x.shape)} and {tuple(v.shape)}: pass the v that x solves for"
+            )
         unit, scale = unit_columns(columns)
         error = self._residual(unit, x_columns / scale).contiguous()  # in the order of v: the same bits where x is 0
         norm = column_norms(unit)

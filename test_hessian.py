@@ -798,6 +798,26 @@ def test_blocks_that_are_nearly_singular_are_not_eliminated_alone(monkeypatch):
         assert relative(G @ factor.solve(v) - v, v) <= 1e-14
 
 
+def test_one_block_with_interchanges(monkeypatch):
+    """A row more than a block, the last of them in a 2 × 2 pivot, and no pivot in the block alone: one block, whose
+    rows are not in order."""
+    monkeypatch.setattr(hessian_linear_algebra, "BLOCK", 4)
+    found = 0
+    for seed in range(40):
+        G = random_vector(5, 5, seed=seed)
+        G = G + G.mT
+        G[0, :4] = G[:4, 0] = 0.0
+        G[0, 4] = G[4, 0] = 1.0
+        factor = factor_symmetric(G.clone())
+        found += factor.edges == [0, 5] and factor.order is not None
+        v = random_vector(5, 3)
+        assert relative(G @ factor.solve(v) - v, v) <= 1e-11
+        white = factor.whiten(v.clone())
+        assert relative(factor.whiten_vectors(v.mT.clone()).mT - white, white) <= 1e-11
+        assert relative(white.mT @ factor.sign(white.mT.clone()).mT - v.mT @ factor.solve(v), v) <= 1e-9
+    assert found > 0
+
+
 @pytest.mark.parametrize("block", [1, 4, 7, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_interchanges_are_those_of_lapack(block, dtype, monkeypatch):
@@ -1225,6 +1245,10 @@ def test_wrong_vectors_and_options():
     assert factorize_hessian(model, loss, torch.full((3,), 0.5)).damping == (0.5, 0.5, 0.5)
     raises(ValueError, "rtol", f.solve, v, rtol=0.0)
     raises(ValueError, "one shape", f.residual, v, v[:, None])
+    raises(TypeError, "x must be", f.residual, [1.0], v)
+    raises(
+        ValueError, "x is NaN or infinite in 1 of", f.residual, v.clone().index_fill_(0, torch.tensor(2), math.nan), v
+    )
     raises(ValueError, "finite", factorize_hessian, model, loss, math.nan)
     raises(ValueError, "3 layers", factorize_hessian, model, loss, [0.1, 0.2])
     raises(ValueError, "curvature", factorize_hessian, model, loss, 0.1, curvature="fisher")
