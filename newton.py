@@ -90,9 +90,9 @@ _CLIMB_STATE = (3.0, 1.0, 0.1)  # of Gauss–Newton steps by the sweeps with met
 _CLIMB_CG = (10.0, 1.0, 0.3)  # of conjugate gradients on the whole batch
 _CG_SOLVED, _CG_DONE = 0.03, 1e-4  # of rᵀP⁻¹r, at the last of them: λ may fall; no more of them
 _MAX_TRIALS = 12  # rounds of trials in a step
-# λ; at the least one, which falls with a loss below 1 as the curvature does and comes back with it, none is left
+# λ; at the least one, times a cross-entropy below 1, with which the curvature falls, none is left
 _LEAST_DAMPING, _LARGEST_DAMPING = 1e-30, 1e16
-_LEAST_LOSS = 1e-200  # for it: the model's own is 0 once rounding hides it
+_LEAST_LOSS = 1e-200  # for it: λ stays a number above 0
 _FLOOR = 1e-10  # of the damping of parameters in factorizations, the L2 term included: H alone may be singular
 _EXACT_BYTES = 2**32  # 'auto' uses the exact Hessian, and certifies by it, where a factorization takes no more
 _DENSE_CERTIFICATE = 3000  # up to so many parameters a dense factorization certifies, which is the more reliable
@@ -147,6 +147,14 @@ class _Preconditioner(NamedTuple):
 
     inverse: Callable[[Tensor], Tensor]
     metric: Callable[[Tensor], Tensor]  # cI + λD alone
+
+
+def _scale_of_curvature(output: OutputHessian) -> float:
+    """Of cross-entropy the mean of Σ π over all classes but the likeliest: the loss, where that is right, to all the
+    digits that the model's own has not. Of mse 1."""
+    if not output.zero_sum:
+        return 1.0
+    return float(output.diagonal.scatter(1, output.diagonal.argmax(1, keepdim=True), 0.0).sum())
 
 
 def _sub_batch(layers: Sequence[LayerDerivatives], chosen: Tensor) -> tuple[LayerDerivatives, ...]:
@@ -320,7 +328,7 @@ class DampedNewton(torch.optim.Optimizer):
         with torch.autocast(loss.device.type, enabled=False):
             layers = _checked_derivatives(self._model, loss)
             with torch.inference_mode():  # what outlives the step is made outside of it
-                step = _Step(self, layers, float(loss))
+                step = _Step(self, layers)
                 del layers  # of a wide first layer the step keeps less
                 step.take()
         return loss
@@ -354,9 +362,10 @@ def _check_options(options: dict) -> None:
 class _Step:
     """One step of a DampedNewton: everything that lives no longer than that."""
 
-    def __init__(self, optimizer: DampedNewton, layers: tuple[LayerDerivatives, ...], loss: float):
+    def __init__(self, optimizer: DampedNewton, layers: tuple[LayerDerivatives, ...]):
         self.optimizer = optimizer
-        self.least = _LEAST_DAMPING * min(max(loss, _LEAST_LOSS), 1.0)
+        scale = max(float(optimizer._model._tracked.value), _scale_of_curvature(layers[-1].output))
+        self.least = _LEAST_DAMPING * min(max(scale, _LEAST_LOSS), 1.0)
         self.span = None
         if _is_wide(*layers[0].inputs.shape, len(layers[0].weight)):
             self.span = Span.of(layers[0], optimizer._model.layers[0].bias)
@@ -381,7 +390,7 @@ class _Step:
         self.curvature_layers = layers
         self.before = math.nan
         self.num_trials = 0
-        self.largest = 0.0  # λ tried by `climb`
+        self.largest = 0.0  # λ tried
         self.cautious = False  # the last λ was so large that the model promised nothing
         self.cg_residual = 1.0  # rᵀP⁻¹r over its first value, r the residual and P the preconditioner
         self._gram: GramSystem | None = None
@@ -429,18 +438,18 @@ class _Step:
             state["objectives"] = []
             state["gradient_norm"] = math.inf
             self.optimizer.stalled = False
-        elif not accepted and not self.of_batch:
-            # the next draw may do better
-            factor = 0.01 if self.cautious else 100.0
-            if self.group["cg_iterations"] and not self.cautious:
-                factor = self.largest / state["damping"]  # none up to there: λ was that of other data
-            state["damping"] = min(max(factor * state["damping"], self.least), _LARGEST_DAMPING)
+        elif not accepted:
+            # none up to the largest: λ was that of other data; of one solve alone, the next draw may do better
+            damping = self.largest if self.of_batch or self.group["cg_iterations"] else 100.0 * state["damping"]
+            if self.cautious:
+                damping = 0.01 * state["damping"]
+            state["damping"] = min(max(damping, self.least), _LARGEST_DAMPING)
 
     def newton(self) -> None:
         """A step with the exact Hessian; in 'auto', off a saddle where it finds none, and then Gauss–Newton again where
         that lowered f by more for its cost, ‖g‖ does not fall fast, and λ had to rise or the step to be shortened: far
         from the end. One step where Gauss–Newton found nothing."""
-        state, before = self.state, self.state["hessian_damping"]
+        state, before = self.state, max(self.state["hessian_damping"], self.least)
         trial = self.last_digits() if state["ending"] else None
         if trial is None:
             dense = self.is_dense() and self.group["metric"] == "parameter"
@@ -455,6 +464,8 @@ class _Step:
             method, trial = "saddle", self.down_from_saddle()
         accepted = self.finish(method, trial, certain=state["ending"])
         if self.group["curvature"] != "auto":
+            if not accepted:  # none up to there: λ was that of other data
+                state["hessian_damping"] = min(max(self.largest, self.least), _LARGEST_DAMPING)
             return
         decrease = self.before - trial.value if accepted else 0.0
         converging = accepted and (state["ending"] or self.gradient_norm < 0.5 * state["gradient_norm"])
@@ -530,7 +541,7 @@ class _Step:
                 break
             if not self.least < wanted[0] < _LARGEST_DAMPING:
                 break
-        self.num_trials = len(tried)
+        self.num_trials, self.largest = len(tried), max(tried)
         if best is not None and best.value < self.before:
             self.state[key] = best.damping
         return best

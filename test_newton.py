@@ -702,7 +702,7 @@ def test_sweep_steps_solve_their_system(batch, metric, curvature):
         model, curvature=curvature, route="sweep", metric=metric, weight_decay=c, metric_damping=rho
     )
     loss = closure_of(model, x, y)()
-    step = _Step(optimizer, compute_layer_derivatives(model), 1.0)
+    step = _Step(optimizer, compute_layer_derivatives(model))
     candidates = step.exact_steps(curvature, [damping])
     found = candidates.steps[candidates.lengths.index(1.0)]
     product = hessian_vector_product(model, loss, found, curvature=curvature)
@@ -736,7 +736,7 @@ def test_polishing_steps_solve_their_system():
     model, x, y = case.build()
     optimizer = DampedNewton(model, metric="state", weight_decay=c, metric_damping=rho)
     loss = closure_of(model, x, y)()
-    candidates = _Step(optimizer, compute_layer_derivatives(model), 1.0).exact_steps("hessian", [damping])
+    candidates = _Step(optimizer, compute_layer_derivatives(model)).exact_steps("hessian", [damping])
     found = candidates.steps[candidates.lengths.index(1.0)]
     product = hessian_vector_product(model, loss, found, state_damping=damping) + (c + damping * rho) * found
     g = objective_gradient(model, x, y, c)
@@ -785,9 +785,7 @@ def test_second_order_correction():
     case, damping = Case((6, 4), 9, loss="mse"), 300.0
     model, x, y = case.build()
     closure_of(model, x, y)()
-    step = _Step(
-        DampedNewton(model, metric="parameter", curvature="gauss_newton"), compute_layer_derivatives(model), 1.0
-    )
+    step = _Step(DampedNewton(model, metric="parameter", curvature="gauss_newton"), compute_layer_derivatives(model))
     found = step.gram_steps([damping])
     n = len(found.lengths) // 2
     at = found.lengths.index(1.0)
@@ -1001,7 +999,7 @@ def test_sub_batches_are_drawn_anew_and_the_gradient_is_of_all():
     for _ in range(2):
         closure_of(model, x, y)()
         layers = compute_layer_derivatives(model)
-        step = _Step(optimizer, layers, 1.0)
+        step = _Step(optimizer, layers)
         drawn.append(step.curvature_layers[0].inputs)
         g = objective_gradient(model, x, y, 0.0)
         assert relative(step.gradient - g, g) < 1e-12
@@ -1033,7 +1031,7 @@ def test_conjugate_gradients_solve_with_the_curvature_of_the_whole_batch(
     for iterations in (1, 40):
         optimizer = DampedNewton(model, cg_iterations=iterations, **options)
         with torch.inference_mode():
-            step = _Step(optimizer, compute_layer_derivatives(model), 1.0)
+            step = _Step(optimizer, compute_layer_derivatives(model))
             preconditioner = step.preconditioner(damping)
             x = step.conjugate_gradients(preconditioner)
             inverse = torch.stack([preconditioner.inverse(e) for e in eye(len(x))], 1)
@@ -1109,11 +1107,18 @@ def test_damping_comes_down_from_where_it_promises_nothing():
 
 
 def test_damping_comes_back_from_that_of_data_that_were_fitted():
-    """λ of 1e-30, and then other samples: the λ that none of twelve was enough for is where the next step begins."""
-    model, x, y = Case((8, 8), 24, inputs=6).build()
-    for iterations in (8, 1):
-        optimizer = DampedNewton(model, curvature_batch=4, cg_iterations=iterations)
-        optimizer.state[optimizer.param_groups[0]["params"][0]]["damping"] = 1e-30
+    """λ of 1e-50, and then other samples: the λ that none of twelve was enough for is where the next step begins."""
+    for options in (
+        {"curvature_batch": 4, "cg_iterations": 8},
+        {"curvature_batch": 4, "cg_iterations": 1},
+        {"curvature": "gauss_newton", "route": "gram"},
+        {"curvature": "gauss_newton", "route": "sweep"},
+        {"curvature": "hessian"},
+    ):
+        model, x, y = Case((8, 8), 24, inputs=6).build()
+        optimizer = DampedNewton(model, **options)
+        state = optimizer.state[optimizer.param_groups[0]["params"][0]]
+        state["damping"] = state["hessian_damping"] = 1e-50
         accepted = []
         for _ in range(3):
             optimizer.step(closure_of(model, x, y))
@@ -1127,13 +1132,14 @@ def test_the_least_damping_falls_with_the_loss_and_comes_back():
     model, x, y = Case((8, 8), 12, inputs=6).build()
     optimizer = DampedNewton(model, curvature_batch=8, gtol=0.0)
     state = optimizer.state[optimizer.param_groups[0]["params"][0]]
-    for _ in range(160):
+    for _ in range(85):
         optimizer.step(closure_of(model, x, y))
     assert accurate_loss(model, model(x)[None], y).item() < 1e-36
     assert state["damping"] < 1e-36
     _, x, y = Case((8, 8), 12, inputs=6).build(seed=1)
-    optimizer.step(closure_of(model, x, y))
-    assert optimizer.report.damping >= 1e-30
+    for _ in range(3):
+        optimizer.step(closure_of(model, x, y))
+    assert optimizer.report.accepted
 
 
 def test_no_inputs_leave_nothing_to_balance():
@@ -1288,7 +1294,7 @@ def test_metric_is_chosen_by_the_inputs():
 def test_route_is_chosen_by_counted_operations():
     def by_gram(case: Case) -> bool:
         model, _ = tracked_loss(case)
-        return _Step(DampedNewton(model), compute_layer_derivatives(model), 1.0).by_gram()
+        return _Step(DampedNewton(model), compute_layer_derivatives(model)).by_gram()
 
     assert by_gram(Case((16, 16, 16), 20, inputs=16, classes=2))
     assert not by_gram(Case((3, 3, 3), 20, inputs=3, classes=40))
