@@ -45,7 +45,7 @@ from hessian import (
     hessian_vector_product,
 )
 from hessian_costs import count_operations, shapes_of_layers
-from hessian_linear_algebra import factor_symmetric, spectral_norm, unit_columns
+from hessian_linear_algebra import factor_symmetric, mirror, spectral_norm, subtract_gram, unit_columns
 from hessian_pairs import Pair
 
 HERE = Path(__file__).resolve().parent
@@ -796,6 +796,20 @@ def test_blocks_that_are_nearly_singular_are_not_eliminated_alone(monkeypatch):
         factor = factor_symmetric(G.clone())
         assert factor.num_negative == 12
         assert relative(G @ factor.solve(v) - v, v) <= 1e-14
+
+
+@pytest.mark.parametrize("n", [3, 128, 129, 300])
+def test_cost_to_go_is_symmetric(n):
+    """P − WᵀΣW, to the bit where P has blocks: what is not symmetric would grow from layer to layer."""
+    P, W, signs = random_vector(n, n), random_vector(17, n, seed=1), random_vector(17, 1, seed=2).sign()
+    P = P + P.mT
+    expected = P - W.mT @ (signs * W)
+    rounded = P + 1e-15 * random_vector(n, n, seed=3)
+    signed = subtract_gram(rounded, W.clone(), signs)
+    mirror(rounded)
+    assert relative(signed - signs * W, W) == 0
+    assert relative(rounded - expected, expected) <= 1e-14
+    assert n <= 128 or torch.equal(rounded, rounded.mT)
 
 
 def test_one_block_with_interchanges(monkeypatch):
