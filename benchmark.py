@@ -1,4 +1,4 @@
-"""Measure the solve: python3 benchmark.py COMMAND [--out-dir runs/benchmark] [--quick]
+"""Measure the solve: python3 benchmark.py COMMAND [--out-dir runs/benchmark] [--quick] [--threads 1]
          training:  python3 benchmark.py training PROBLEM (its own options: python3 benchmark.py training --help)
          ImageNet:  python3 benchmark.py imagenet {throughput,steps,compare}
 
@@ -15,12 +15,13 @@
 Times of `solve` are in units of one 1000 × 1000 float64 matrix product in the same process, minima of runs that
 alternate with the product, since machines are shared and noisy. Every rival gets the same closed-form products, but
 curvlinops its own. Each subcommand prints a Markdown table and writes it under --out-dir, with the command and the
-machine, and a picture where it has one. --quick: seconds, with fewer and smaller rows.
+machine, and a picture where it has one. --quick: seconds, with fewer and smaller rows. One thread, unless --threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 import time
@@ -232,6 +233,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
 
 def write(args: argparse.Namespace, lines: Sequence[str]) -> None:
     command = f"python3 benchmark.py {args.command}" + (" --quick" if args.quick else "")
+    command += f" --threads {args.threads}" if args.threads != 1 else ""
     text = "\n".join([f"`{command}`; {machine()}.", "", *lines]) + "\n"
     args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / f"{args.command}.md"
@@ -513,6 +515,12 @@ def shapes(args: argparse.Namespace) -> None:
 COMMANDS = {x.__name__: x for x in (solve, layers, width, batch, rhs, reach, memory, shapes)}
 
 
+def threads(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= (os.cpu_count() or 1):
+        raise argparse.ArgumentTypeError(f"must be an integer from 1 to {os.cpu_count()}, this machine's cores: {text}")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["training"]:
@@ -527,7 +535,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--out-dir", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--quick", action="store_true", help="fewer and smaller rows, for a smoke test")
+    parser.add_argument("--threads", type=threads, default=1, help="of torch, 1 as in the README's tables")
     args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # for the processes that `memory` starts
     torch.set_flush_denormal(True)
     COMMANDS[args.command](args)
     return 0

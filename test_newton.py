@@ -1136,10 +1136,23 @@ def test_the_least_damping_falls_with_the_loss_and_comes_back():
         optimizer.step(closure_of(model, x, y))
     assert accurate_loss(model, model(x)[None], y).item() < 1e-36
     assert state["damping"] < 1e-36
+    fitted = copy.deepcopy(model.state_dict())
     _, x, y = Case((8, 8), 12, inputs=6).build(seed=1)
-    for _ in range(3):
-        optimizer.step(closure_of(model, x, y))
-    assert optimizer.report.accepted
+    optimizer.step(closure_of(model, x, y))
+    assert optimizer.report.damping > 1e-15  # twelve trials from 1e-30, or fewer and accepted
+    for options in (
+        {"curvature_batch": 8},
+        {"curvature": "gauss_newton", "route": "gram", "cg_iterations": 0},
+        {"curvature": "gauss_newton", "route": "sweep", "cg_iterations": 0},
+        {"curvature": "hessian"},
+    ):
+        model.load_state_dict(fitted)
+        optimizer = DampedNewton(model, **options)
+        state = optimizer.state[optimizer.param_groups[0]["params"][0]]
+        state["damping"] = state["hessian_damping"] = 1e-40
+        for _ in range(6):
+            optimizer.step(closure_of(model, x, y))
+        assert optimizer.report.accepted
 
 
 def test_no_inputs_leave_nothing_to_balance():
