@@ -62,8 +62,7 @@ def reduced_inputs(layers: Sequence[LayerDerivatives]) -> list[Reduced]:
 
 
 def _times(blocks: Tensor, matrices: Tensor) -> Tensor:
-    """Blocks (g, k, a, d) times (g, d, r), all k of a layer as one product: of many small ones each is four times as
-    dear."""
+    """Blocks (g, k, a, d) times (g, d, r): (g, k, a, r), all k of a layer as one product, which is faster than k."""
     return (blocks.flatten(1, 2) @ matrices).unflatten(1, blocks.shape[1:3])
 
 
