@@ -49,12 +49,14 @@ LEVELS = (1e-2, 1e-6, 1e-10)
 RIVAL_LEVEL, NEWTON_LEVEL = 1e-12, 1e-20  # a run that is there stops
 GRADIENT_LEVELS = (1e-4, 1e-8, 1e-12)
 RATE_SEED, RATE_SECONDS = 1000, 15.0
-WARM_UP, BATCH, CURVATURE_BATCH, LBFGS_SCALE = 100, 64, 256, 1e6
+CHOICE_SEEDS = (1000, 1001, 1002)  # of rate, batch and decay for test accuracy
+WARM_UP, BATCH, LBFGS_SCALE = 100, 64, 1e6
+NEWTON_BATCH, CURVATURE_BATCH = 32, 256  # samples of a data set: of Newton's exact solves, of Hessian-free's products
 BATCHES = {  # where they are to generalize; None: all samples
     "newton": (512, 256, 128, None),
-    **dict.fromkeys(("sgd", "adam", "muon"), (BATCH, 16, 256)),
+    **dict.fromkeys(("sgd", "adam", "muon"), (BATCH, 16, 256, 1024)),
 }
-FRESH = 200  # the first seed of the data sets
+FRESH = 300  # the first seed of the data sets
 PARTS = {"digits": (1200, 237, 360), "mnist": (3500, 500, 1000)}  # for training, validation and test
 RATES = {  # initial learning rates; of Hessian-free, initial dampings
     "sgd": (1e-3, 1e-2, 3e-2, 1e-1),
@@ -418,9 +420,7 @@ def newton(job: Job, model: DeepMLPWithTracking, data: Data) -> StepFunction:
 
     options, source = NEWTONS[job.method], batches(*data, job.seed, job.batch)
     if not job.problem.samples:  # the small fixed batches take all samples, and end where they have converged
-        options = options | {"curvature_batch": BATCH, "gtol": 0.0}
-    if job.track == "accuracy":
-        options = options | {"curvature_batch": BATCH // 2}
+        options = options | {"curvature_batch": NEWTON_BATCH, "gtol": 0.0}
     optimizer = DampedNewton(model, **options, weight_decay=job.decay, seed=job.seed)
 
     def step() -> Taken:
@@ -555,7 +555,7 @@ def validated(run: dict) -> tuple[float, float]:
 
 def measure(session: Session, problem: Problem, method: str) -> None:
     """Choose the rate, then run every seed; for a data set the same again, batch and decay too, for test accuracy."""
-    few = 2 if session.quick else 4
+    few, choice_seeds = (2, CHOICE_SEEDS[:1]) if session.quick else (4, CHOICE_SEEDS)
     probe = min(RATE_SECONDS, problem.cap) / (2 if session.quick else 1)
     rates = RATES.get(method, (None,))[:few]
     batch = BATCH if method in BATCHES and method not in NEWTONS else None
@@ -580,9 +580,10 @@ def measure(session: Session, problem: Problem, method: str) -> None:
     if session.quick:
         choices["decay"] = (settings["decay"],)
 
-    def value(settings: dict) -> tuple[float, float]:
+    def value(settings: dict) -> tuple[float, ...]:
         label = "choice-{}-{rate}-{batch}-{decay}".format(method, **settings)
-        return validated(trained("accuracy", RATE_SEED, probe, settings, label))
+        found = [validated(trained("accuracy", s, probe, settings, f"{label}-seed{s}")) for s in choice_seeds]
+        return tuple(map(statistics.mean, zip(*found, strict=True)))
 
     for name, values in choices.items():
         settings = max((settings | {name: v} for v in values), key=value)

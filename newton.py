@@ -87,8 +87,10 @@ _SADDLE_RTOL = 0.1  # of the model's decrease along it
 # times λ, after a step that had to be shortened, after one that took a larger λ, and after one that went well at once
 _CLIMB = (1.0, 0.1, 0.01)
 _CLIMB_STATE = (3.0, 1.0, 0.1)  # of Gauss–Newton steps by the sweeps with metric='state', at all samples
-_CLIMB_CG = (10.0, 1.0, 0.3)  # of conjugate gradients on the whole batch
-_CG_SOLVED, _CG_DONE = 0.03, 1e-4  # of rᵀP⁻¹r, at the last of them: λ may fall; no more of them
+_CLIMB_CG, _CLIMB_AGAIN = (10.0, 1.0, 0.3), (3.0, 1.0, 0.1)  # of conjugate gradients; on the data of the last step
+_CG_SOLVED, _CG_SOLVED_AGAIN = 0.03, 0.01  # of rᵀP⁻¹r, at the last of them: λ may fall
+_CG_DONE = 1e-4  # likewise: no more of them
+_SAME_DATA = 1e3  # times the dtype's rounding, of f: its data are those of the last step
 _MAX_TRIALS = 12  # rounds of trials in a step
 # λ; at the least one, times a cross-entropy below 1, with which the curvature falls, none is left
 _LEAST_DAMPING, _LARGEST_DAMPING = 1e-30, 1e16
@@ -214,7 +216,8 @@ class DampedNewton(torch.optim.Optimizer):
     exact solve with its curvature, and D, is the preconditioner of `cg_iterations` conjugate gradients with the
     Gauss–Newton curvature of the whole batch (inexact Newton: they end sooner where the residual's square, in the
     preconditioner's norm, fell by 1e-4); λ falls only where they got
-    far, or cg_iterations is 1. The gradient and the trial objectives are
+    far, or cg_iterations is 1. Where f is what the last step left it at, and so the data those of that step, they begin
+    along it, and the length is doubled as long as f falls. The gradient and the trial objectives are
     those of the whole batch. cg_iterations=0, and curvature='hessian': the curvature is of the sub-batch alone.
     weight_decay: c of ½c‖θ‖² over all parameters, exactly: in f, g, the curvature and the trials. (SGD's weight_decay.)
     damping: the first λ; found anew by each step. metric_damping: None for 1e-4, or 0.1 with a curvature_batch.
@@ -287,6 +290,7 @@ class DampedNewton(torch.optim.Optimizer):
             "failed": False,  # because Gauss–Newton found nothing
             "ending": False,  # f shows no difference any more
             "patience": _SLOW_STEPS,  # Gauss–Newton steps before the exact Hessian is tried
+            "objective": math.nan,  # after the last step
             "objectives": [],  # of the last Gauss–Newton steps
             "momentum": next(model.parameters()).new_zeros(
                 len(_MEMORIES), sum(p.numel() for p in model.parameters()), requires_grad=False
@@ -393,6 +397,7 @@ class _Step:
         self.largest = 0.0  # λ tried
         self.cautious = False  # the last λ was so large that the model promised nothing
         self.cg_residual = 1.0  # rᵀP⁻¹r over its first value, r the residual and P the preconditioner
+        self.on_same_data = False  # as the last step, by conjugate gradients
         self._gram: GramSystem | None = None
         self._whole: tuple[LayerDerivatives, ...] | None = None  # all samples'; of a float32 model in float32
         self._dense: Tensor | None = None
@@ -421,7 +426,10 @@ class _Step:
     def gauss_newton(self) -> None:
         state, may_polish = self.state, self.group["curvature"] == "auto" and self.may_factorize()
         if self.group["cg_iterations"] and not self.of_batch:
-            found = self.climb(self.cg_steps, "damping")
+            self.before, last = float(self.objective(self.theta[None])), state.get("objective", math.nan)
+            rounding = torch.finfo(self.objective.inputs.dtype).eps
+            self.on_same_data = abs(self.before - last) <= _SAME_DATA * rounding * abs(last)
+            found = self.lengthened(self.climb(self.cg_steps, "damping"))
         elif self.by_gram():
             found = self.bracket(self.gram_steps, "damping")
         else:
@@ -549,9 +557,9 @@ class _Step:
     def climb(self, steps_at: Callable[[Sequence[float]], Candidates | None], key: str) -> Trial | None:
         """One λ, where each costs a factorization: raised until f falls, lowered for the next step if all went well."""
         damping, best = max(self.state[key], self.least), None
-        factors = _CLIMB
+        factors, solved = _CLIMB, math.inf
         if key == "damping" and not self.of_batch and self.group["cg_iterations"]:
-            factors = _CLIMB_CG
+            factors, solved = (_CLIMB_AGAIN, _CG_SOLVED_AGAIN) if self.on_same_data else (_CLIMB_CG, _CG_SOLVED)
         elif key == "damping" and self.of_batch and self.group["metric"] == "state":
             factors = _CLIMB_STATE
         shortened, raised, at_once = factors
@@ -561,9 +569,10 @@ class _Step:
             if candidates is not None:
                 best = self.best_of(candidates)
                 if best.value < self.before:
-                    # where conjugate gradients did not get far, a smaller λ would leave them further away
-                    unsolved = factors is _CLIMB_CG and self.cg_residual > _CG_SOLVED
-                    factor = shortened if best.length < 1 else raised if trial or unsolved else at_once
+                    # where conjugate gradients did not get far, a smaller λ would leave them further away; and where
+                    # the step was not to be longer, λ falling by more than f ends where G is large against it
+                    stay = trial or self.cg_residual > solved or (self.on_same_data and best.length <= 1)
+                    factor = shortened if best.length < 1 else raised if stay else at_once
                     self.state[key] = max(factor * damping, self.least)
                     return best
                 if not self.promised(candidates) > _ROUNDING * abs(self.before):  # a larger λ promises even less
@@ -591,6 +600,19 @@ class _Step:
         rows = Steps([((1.0, best.step), (c, m)) for c in _EXTENSIONS for m in along])
         found = self.best_of(Candidates(rows, [best.damping] * len(rows), [best.length] * len(rows)))
         return found if found.value < best.value else best
+
+    def lengthened(self, best: Trial | None) -> Trial | None:
+        """The best trial, or it twice as long, four times, and on as long as f falls: where the longest was the best,
+        and on the data of the last step, for a batch can be fitted at the cost of the others."""
+        if best is None or not best.value < self.before or not self.on_same_data:
+            return best
+        while best.length >= max(self.search.lengths):
+            longer = Candidates(Steps([((2.0, best.step),)]), [best.damping], [2.0 * best.length])
+            found = self.best_of(longer)
+            if not found.value < best.value:
+                break
+            best = found
+        return best
 
     def followed(self, best: Trial | None) -> Trial | None:
         """The best trial and up to 16 steps from there by the same factorization, corrected by what the gradient did
@@ -634,6 +656,7 @@ class _Step:
         self._factorized = None  # its memory is for the update
         optimizer = self.optimizer
         accepted = trial is not None and (certain or trial.value < self.before)
+        self.state["objective"] = trial.value if accepted else self.before
         if accepted:
             step = trial.step if self.span is None else self.span.expand(trial.step)
             with torch.inference_mode(False), torch.no_grad():
@@ -648,10 +671,9 @@ class _Step:
     def move(self, step: Tensor) -> None:
         """The parameters, and the sums of earlier steps, by a step (P,)."""
         parameters = self.group["params"]
-        if self.search.valley:
-            # in the parameters' dtype, as load_state_dict would leave it; a new tensor, since a state_dict may share it
-            momentum = self.state["momentum"].to(parameters[0])
-            self.state["momentum"] = (momentum.new_tensor(_MEMORIES)[:, None] * momentum).add_(step.to(momentum))
+        # in the parameters' dtype, as load_state_dict would leave it; a new tensor, since a state_dict may share it
+        momentum = self.state["momentum"].to(parameters[0])
+        self.state["momentum"] = (momentum.new_tensor(_MEMORIES)[:, None] * momentum).add_(step.to(momentum))
         for p, piece in zip(parameters, step.split([p.numel() for p in parameters]), strict=True):
             p.copy_(p + piece.view_as(p))  # the sum in float64
 
@@ -727,15 +749,19 @@ class _Step:
         x, r, count = torch.zeros_like(self.gradient), -self.gradient, self.group["cg_iterations"]
         earlier, first = [], None  # directions, their products, and dᵀAd
         self.cg_residual = 0.0 if count == 1 else 1.0  # of a single iteration it can't be told
+        last = self.last_step() if self.on_same_data and count > 2 else None  # that first, where two more remain
         for _ in range(count):
-            d = preconditioner.inverse(r)
-            left = float(r @ d)
-            if earlier:
-                self.cg_residual = left / first
+            if last is not None:
+                d, last = last, None
             else:
-                first = left
-            if not left > _CG_DONE * first:
-                break
+                d = preconditioner.inverse(r)
+                left = float(r @ d)
+                if first is None:
+                    first = left
+                else:
+                    self.cg_residual = left / first
+                if not left > _CG_DONE * first:
+                    break
             for other, product, curvature in earlier:  # against all of them, or rounding would come to decide the step
                 d = d - (d @ product / curvature) * other
             Ad = self.whole_product(d) + preconditioner.metric(d)
@@ -746,6 +772,12 @@ class _Step:
             r = r - (r @ d / curvature) * Ad
             earlier.append((d, Ad, curvature))
         return x if earlier else None
+
+    def last_step(self) -> Tensor | None:
+        """The one that was taken last (P,), None before the first."""
+        step = self.state["momentum"][_MEMORIES.index(0.0)].double()
+        step = step if self.span is None else self.span.shrink(step)
+        return step if step.any() else None
 
     def whole_product(self, v: Tensor) -> Tensor:
         """JᵀΛJ v (P,) of the whole batch; of a float32 model in float32, as the trials are."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import itertools
 import math
 from typing import NamedTuple
 
@@ -1084,6 +1085,63 @@ def test_conjugate_gradients_end_where_they_are_solved_for(monkeypatch):
     optimizer = DampedNewton(model, curvature_batch=60, cg_iterations=1)
     optimizer.step(closure_of(model, x, y))
     assert optimizer.state[optimizer.param_groups[0]["params"][0]]["damping"] < 1
+
+
+@pytest.mark.parametrize("wide", (False, True))
+def test_on_the_same_data_conjugate_gradients_begin_with_the_last_step(wide, monkeypatch):
+    """Three iterations: the quadratic's least point on the span of that step and of two preconditioned residuals."""
+    monkeypatch.setattr(newton, "_CG_DONE", 0.0)
+    monkeypatch.setattr(newton, "_WIDE_LAYER", 1 if wide else 2**20)
+    model, x, y = Case((8, 6, 7), 7, inputs=50).build()
+    optimizer = DampedNewton(model, curvature_batch=4, cg_iterations=3, seed=1)
+    before = parameters_of(model)
+    optimizer.step(closure_of(model, x, y))
+    last = parameters_of(model) - before
+    closure_of(model, x, y)()
+    with torch.inference_mode():
+        step = _Step(optimizer, compute_layer_derivatives(model))
+        assert (step.span is not None) == wide
+        last = step.span.shrink(last) if wide else last
+        preconditioner = step.preconditioner(0.1)
+        for same in (True, False):
+            step.on_same_data = same
+            found = step.conjugate_gradients(preconditioner)
+
+            def product(v):
+                return gauss_newton_product(step.layers, v[:, None])[:, 0] + preconditioner.metric(v)
+
+            basis = [last] if same else []
+            exact, r = torch.zeros_like(found), -step.gradient
+            while len(basis) < 3:
+                basis += [] if same and exact.count_nonzero() == 0 else [preconditioner.inverse(r)]
+                V = torch.stack(basis, 1)
+                A = V.mT @ torch.stack([product(v) for v in basis], 1)
+                exact = V @ torch.linalg.solve(A, -(V.mT @ step.gradient))
+                r = -step.gradient - product(exact)
+            assert relative(found - exact, exact) < 1e-8
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_steps_grow_longer_on_the_same_data_alone(dtype):
+    """And λ falls there where the step was to be longer than the solution; a batch is not fitted alone."""
+    model, x, y = Case((8, 8), 60, inputs=6, classes=5).build()
+    model, x, lengths = model.to(dtype), x.to(dtype), {}
+    for alternating in (False, True):
+        trained, reports = copy.deepcopy(model), []
+        optimizer = DampedNewton(trained, curvature_batch=16)
+        for i in range(40):
+            part = slice(None) if not alternating else slice(i % 2, None, 2)
+            optimizer.step(closure_of(trained, x[part], y[part]))
+            reports.append(optimizer.report)
+        assert all(r.new_objective < r.objective for r in reports)
+        lengths[alternating] = [r.length for r in reports]
+        if not alternating:
+            for r, after in itertools.pairwise(reports[1:]):
+                if after.num_trials == 1:
+                    fell = after.damping / r.damping
+                    assert fell == pytest.approx(3.0 if r.length < 1 else 1.0) or (fell < 0.11 and r.length >= 2)
+    assert max(lengths[False]) >= 4 and lengths[False][0] <= 2
+    assert max(lengths[True]) == 2
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
