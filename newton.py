@@ -84,13 +84,15 @@ _FOLLOWING_LENGTHS = (0.1, 0.3, 1.0, 3.0)  # of each
 _FOLLOWING_COST = 5  # in Gauss–Newton steps, of an exact Hessian's step with those that follow (30 layers: 4 to 6)
 _SADDLE_LENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)  # both ways along a direction of negative curvature
 _SADDLE_RTOL = 0.1  # of the model's decrease along it
-# times λ, after a step that had to be shortened, after one that took a larger λ, and after one that went well at once
+# times λ, after a step that had to be shortened, after one that took a larger λ, and after one that went well at once;
+# by conjugate gradients the middle one also where they did not get far and, on the same data, no longer step was wanted
 _CLIMB = (1.0, 0.1, 0.01)
 _CLIMB_STATE = (3.0, 1.0, 0.1)  # of Gauss–Newton steps by the sweeps with metric='state', at all samples
 _CLIMB_CG, _CLIMB_AGAIN = (10.0, 1.0, 0.3), (3.0, 1.0, 0.1)  # of conjugate gradients; on the data of the last step
 _CG_SOLVED, _CG_SOLVED_AGAIN = 0.03, 0.01  # of rᵀP⁻¹r, at the last of them: λ may fall
 _CG_DONE = 1e-4  # likewise: no more of them
-_SAME_DATA = 1e3  # times the dtype's rounding, of f: its data are those of the last step
+_SAME_DATA = 1e-6  # relative, of sums over the samples
+_WORTH_DOUBLING = 0.9  # of f at half the length
 _MAX_TRIALS = 12  # rounds of trials in a step
 # λ; at the least one, times a cross-entropy below 1, with which the curvature falls, none is left
 _LEAST_DAMPING, _LARGEST_DAMPING = 1e-30, 1e16
@@ -178,6 +180,17 @@ def _sub_batch(layers: Sequence[LayerDerivatives], chosen: Tensor) -> tuple[Laye
     return tuple(map(of_chosen, layers))
 
 
+def _fingerprint(inputs: Tensor, targets: Tensor) -> tuple[float, ...]:
+    """Sums over a batch's samples that hardly any other batch has, whatever the samples' order."""
+
+    def weights(width: int) -> Tensor:
+        return torch.arange(1, width + 1, dtype=inputs.dtype, device=inputs.device).cos()
+
+    of_input = (inputs @ weights(inputs.shape[1])).double()
+    of_target = targets.double() if targets.ndim == 1 else targets.double() @ weights(targets.shape[1]).double()
+    return float(len(inputs)), float(of_input.square().sum()), float((of_input * (of_target + 1)).sum())
+
+
 def _gradient(layers: Sequence[LayerDerivatives]) -> Tensor:
     """∂loss/∂θ (P,): λᵀz̃ of each layer, its weight, then its bias."""
     pieces = []
@@ -216,8 +229,9 @@ class DampedNewton(torch.optim.Optimizer):
     exact solve with its curvature, and D, is the preconditioner of `cg_iterations` conjugate gradients with the
     Gauss–Newton curvature of the whole batch (inexact Newton: they end sooner where the residual's square, in the
     preconditioner's norm, fell by 1e-4); λ falls only where they got
-    far, or cg_iterations is 1. Where f is what the last step left it at, and so the data those of that step, they begin
-    along it, and the length is doubled as long as f falls. The gradient and the trial objectives are
+    far, or cg_iterations is 1. Where the data are those of the last step (which sums over them tell), the first of three
+    iterations or more is along that step, a length that was the longest tried is doubled as long as f falls by a tenth,
+    and λ falls further, but only where a longer step was wanted. The gradient and the trial objectives are
     those of the whole batch. cg_iterations=0, and curvature='hessian': the curvature is of the sub-batch alone.
     weight_decay: c of ½c‖θ‖² over all parameters, exactly: in f, g, the curvature and the trials. (SGD's weight_decay.)
     damping: the first λ; found anew by each step. metric_damping: None for 1e-4, or 0.1 with a curvature_batch.
@@ -290,7 +304,7 @@ class DampedNewton(torch.optim.Optimizer):
             "failed": False,  # because Gauss–Newton found nothing
             "ending": False,  # f shows no difference any more
             "patience": _SLOW_STEPS,  # Gauss–Newton steps before the exact Hessian is tried
-            "objective": math.nan,  # after the last step
+            "data": (),  # of the last step by conjugate gradients
             "objectives": [],  # of the last Gauss–Newton steps
             "momentum": next(model.parameters()).new_zeros(
                 len(_MEMORIES), sum(p.numel() for p in model.parameters()), requires_grad=False
@@ -396,7 +410,8 @@ class _Step:
         self.num_trials = 0
         self.largest = 0.0  # λ tried
         self.cautious = False  # the last λ was so large that the model promised nothing
-        self.cg_residual = 1.0  # rᵀP⁻¹r over its first value, r the residual and P the preconditioner
+        # rᵀP⁻¹r over its first value (after the last step's share), r the residual and P the preconditioner
+        self.cg_residual = 1.0
         self.on_same_data = False  # as the last step, by conjugate gradients
         self._gram: GramSystem | None = None
         self._whole: tuple[LayerDerivatives, ...] | None = None  # all samples'; of a float32 model in float32
@@ -426,9 +441,12 @@ class _Step:
     def gauss_newton(self) -> None:
         state, may_polish = self.state, self.group["curvature"] == "auto" and self.may_factorize()
         if self.group["cg_iterations"] and not self.of_batch:
-            self.before, last = float(self.objective(self.theta[None])), state.get("objective", math.nan)
-            rounding = torch.finfo(self.objective.inputs.dtype).eps
-            self.on_same_data = abs(self.before - last) <= _SAME_DATA * rounding * abs(last)
+            tracked = self.optimizer._model._tracked
+            data, last = _fingerprint(tracked.inputs, tracked.targets), state.get("data", ())
+            self.on_same_data = len(last) > 0 and all(
+                math.isclose(now, then, rel_tol=_SAME_DATA) for now, then in zip(data, last, strict=True)
+            )
+            state["data"] = data
             found = self.lengthened(self.climb(self.cg_steps, "damping"))
         elif self.by_gram():
             found = self.bracket(self.gram_steps, "damping")
@@ -571,7 +589,7 @@ class _Step:
                 if best.value < self.before:
                     # where conjugate gradients did not get far, a smaller λ would leave them further away; and where
                     # the step was not to be longer, λ falling by more than f ends where G is large against it
-                    stay = trial or self.cg_residual > solved or (self.on_same_data and best.length <= 1)
+                    stay = trial or not 0 <= self.cg_residual <= solved or (self.on_same_data and best.length <= 1)
                     factor = shortened if best.length < 1 else raised if stay else at_once
                     self.state[key] = max(factor * damping, self.least)
                     return best
@@ -602,14 +620,16 @@ class _Step:
         return found if found.value < best.value else best
 
     def lengthened(self, best: Trial | None) -> Trial | None:
-        """The best trial, or it twice as long, four times, and on as long as f falls: where the longest was the best,
-        and on the data of the last step, for a batch can be fitted at the cost of the others."""
+        """The best trial, or it twice as long, four times, and on as long as f falls by a tenth: where the longest was
+        the best, and on the data of the last step, for a batch can be fitted at the cost of the others."""
         if best is None or not best.value < self.before or not self.on_same_data:
             return best
-        while best.length >= max(self.search.lengths):
+        if best.length < max(self.search.lengths):
+            return best
+        for _ in range(_MAX_TRIALS):
             longer = Candidates(Steps([((2.0, best.step),)]), [best.damping], [2.0 * best.length])
             found = self.best_of(longer)
-            if not found.value < best.value:
+            if not found.value < _WORTH_DOUBLING * best.value:
                 break
             best = found
         return best
@@ -656,7 +676,6 @@ class _Step:
         self._factorized = None  # its memory is for the update
         optimizer = self.optimizer
         accepted = trial is not None and (certain or trial.value < self.before)
-        self.state["objective"] = trial.value if accepted else self.before
         if accepted:
             step = trial.step if self.span is None else self.span.expand(trial.step)
             with torch.inference_mode(False), torch.no_grad():
@@ -672,8 +691,11 @@ class _Step:
         """The parameters, and the sums of earlier steps, by a step (P,)."""
         parameters = self.group["params"]
         # in the parameters' dtype, as load_state_dict would leave it; a new tensor, since a state_dict may share it
-        momentum = self.state["momentum"].to(parameters[0])
-        self.state["momentum"] = (momentum.new_tensor(_MEMORIES)[:, None] * momentum).add_(step.to(momentum))
+        if self.search.valley:
+            momentum = self.state["momentum"].to(parameters[0])
+            self.state["momentum"] = (momentum.new_tensor(_MEMORIES)[:, None] * momentum).add_(step.to(momentum))
+        else:
+            self.state["last"] = step.to(parameters[0], copy=True)
         for p, piece in zip(parameters, step.split([p.numel() for p in parameters]), strict=True):
             p.copy_(p + piece.view_as(p))  # the sum in float64
 
@@ -747,37 +769,49 @@ class _Step:
     def conjugate_gradients(self, preconditioner: _Preconditioner) -> Tensor | None:
         """(G + cI + λD) x = −g with G of the whole batch, by a few iterations; None where rounding leaves no first."""
         x, r, count = torch.zeros_like(self.gradient), -self.gradient, self.group["cg_iterations"]
-        earlier, first = [], None  # directions, their products, and dᵀAd
-        self.cg_residual = 0.0 if count == 1 else 1.0  # of a single iteration it can't be told
-        last = self.last_step() if self.on_same_data and count > 2 else None  # that first, where two more remain
-        for _ in range(count):
-            if last is not None:
-                d, last = last, None
-            else:
-                d = preconditioner.inverse(r)
-                left = float(r @ d)
-                if first is None:
-                    first = left
-                else:
-                    self.cg_residual = left / first
-                if not left > _CG_DONE * first:
-                    break
+        earlier = []  # directions, their products, and dᵀAd
+
+        def minimize_along(d: Tensor) -> bool:
+            """False where dᵀAd is not a positive number."""
+            nonlocal x, r
             for other, product, curvature in earlier:  # against all of them, or rounding would come to decide the step
                 d = d - (d @ product / curvature) * other
             Ad = self.whole_product(d) + preconditioner.metric(d)
             curvature = d @ Ad
             if not 0 < float(curvature) < math.inf:
-                break
+                return False
             x = x + (r @ d / curvature) * d
             r = r - (r @ d / curvature) * Ad
             earlier.append((d, Ad, curvature))
+            return True
+
+        if self.on_same_data and count > 2:  # two iterations must remain, to tell whether they get far
+            last = self.last_step()
+            if last is not None and minimize_along(last):
+                count -= 1
+        self.cg_residual = 0.0 if count == 1 else 1.0  # of a single iteration it can't be told
+        for i in range(count):
+            d = preconditioner.inverse(r)
+            left = float(r @ d)
+            if i == 0:
+                first = left
+            else:
+                self.cg_residual = left / first
+            if i > 0 and not left > _CG_DONE * first:
+                break
+            if not (left > 0 and minimize_along(d)):
+                if i == 0 and r.any():
+                    return None  # of no use as a preconditioner at this λ, whatever the last step gave
+                break
         return x if earlier else None
 
     def last_step(self) -> Tensor | None:
-        """The one that was taken last (P,), None before the first."""
-        step = self.state["momentum"][_MEMORIES.index(0.0)].double()
-        step = step if self.span is None else self.span.shrink(step)
-        return step if step.any() else None
+        """The one that was taken last (P,); None if there is none."""
+        step = self.state.get("last")
+        if step is None:
+            return None
+        step = step.to(self.theta)
+        return step if self.span is None else self.span.shrink(step)
 
     def whole_product(self, v: Tensor) -> Tensor:
         """JᵀΛJ v (P,) of the whole batch; of a float32 model in float32, as the trials are."""
