@@ -228,11 +228,11 @@ class DampedNewton(torch.optim.Optimizer):
     curvature_batch: k: a sub-batch of k samples, drawn anew each step from (seed, step), in place of all (None). The
     exact solve with its curvature, and D, is the preconditioner of `cg_iterations` conjugate gradients with the
     Gauss–Newton curvature of the whole batch (inexact Newton: they end sooner where the residual's square, in the
-    preconditioner's norm, fell by 1e-4); λ falls only where they got
-    far, or cg_iterations is 1. Where the data are those of the last step (which sums over them tell), the first of three
-    iterations or more is along that step, a length that was the longest tried is doubled as long as f falls by a tenth,
-    and λ falls further, but only where a longer step was wanted. The gradient and the trial objectives are
-    those of the whole batch. cg_iterations=0, and curvature='hessian': the curvature is of the sub-batch alone.
+    preconditioner's norm, fell by 1e-4); λ falls only where they got far, or cg_iterations is 1. Where the data are
+    those of the last step (sums over them tell), the first of three iterations or more is along that step, λ falls by
+    more, but only where a longer step was wanted, and then the length is doubled as long as f falls by a tenth. The
+    gradient and the trial objectives are those of the whole batch. cg_iterations=0, and curvature='hessian': the
+    curvature is of the sub-batch alone.
     weight_decay: c of ½c‖θ‖² over all parameters, exactly: in f, g, the curvature and the trials. (SGD's weight_decay.)
     damping: the first λ; found anew by each step. metric_damping: None for 1e-4, or 0.1 with a curvature_batch.
     gtol, htol: `converged` is set where ‖g‖ ≤ gtol and H + (c + htol) I is positive definite, by its inertia: a
@@ -413,6 +413,7 @@ class _Step:
         # rᵀP⁻¹r over its first value (after the last step's share), r the residual and P the preconditioner
         self.cg_residual = 1.0
         self.on_same_data = False  # as the last step, by conjugate gradients
+        self.last: Tensor | None = None  # that step (P,)
         self._gram: GramSystem | None = None
         self._whole: tuple[LayerDerivatives, ...] | None = None  # all samples'; of a float32 model in float32
         self._dense: Tensor | None = None
@@ -441,12 +442,7 @@ class _Step:
     def gauss_newton(self) -> None:
         state, may_polish = self.state, self.group["curvature"] == "auto" and self.may_factorize()
         if self.group["cg_iterations"] and not self.of_batch:
-            tracked = self.optimizer._model._tracked
-            data, last = _fingerprint(tracked.inputs, tracked.targets), state.get("data", ())
-            self.on_same_data = len(last) > 0 and all(
-                math.isclose(now, then, rel_tol=_SAME_DATA) for now, then in zip(data, last, strict=True)
-            )
-            state["data"] = data
+            self.look_back()
             found = self.lengthened(self.climb(self.cg_steps, "damping"))
         elif self.by_gram():
             found = self.bracket(self.gram_steps, "damping")
@@ -757,6 +753,16 @@ class _Step:
             lengths = lengths + lengths
         return Candidates(Steps(sum(rows, [])), [d for d in dampings for _ in lengths], [*lengths] * len(dampings))
 
+    def look_back(self) -> None:
+        """Whether the data are those of the last step, and then that step: before the systems take their memory."""
+        tracked, state = self.optimizer._model._tracked, self.state
+        data, before = _fingerprint(tracked.inputs, tracked.targets), state.get("data") or (math.nan,) * 3
+        self.on_same_data = all(math.isclose(a, b, rel_tol=_SAME_DATA) for a, b in zip(data, before, strict=True))
+        state["data"] = data
+        if self.on_same_data and state.get("last") is not None:
+            self.last = state["last"].to(self.theta)
+            self.last = self.last if self.span is None else self.span.shrink(self.last)
+
     def cg_steps(self, dampings: Sequence[float]) -> Candidates | None:
         found = {}
         for damping in dampings:
@@ -785,10 +791,9 @@ class _Step:
             earlier.append((d, Ad, curvature))
             return True
 
-        if self.on_same_data and count > 2:  # two iterations must remain, to tell whether they get far
-            last = self.last_step()
-            if last is not None and minimize_along(last):
-                count -= 1
+        # two iterations must remain, to tell whether they get far
+        if self.last is not None and count > 2 and minimize_along(self.last):
+            count -= 1
         self.cg_residual = 0.0 if count == 1 else 1.0  # of a single iteration it can't be told
         for i in range(count):
             d = preconditioner.inverse(r)
@@ -804,14 +809,6 @@ class _Step:
                     return None  # of no use as a preconditioner at this λ, whatever the last step gave
                 break
         return x if earlier else None
-
-    def last_step(self) -> Tensor | None:
-        """The one that was taken last (P,); None if there is none."""
-        step = self.state.get("last")
-        if step is None:
-            return None
-        step = step.to(self.theta)
-        return step if self.span is None else self.span.shrink(step)
 
     def whole_product(self, v: Tensor) -> Tensor:
         """JᵀΛJ v (P,) of the whole batch; of a float32 model in float32, as the trials are."""

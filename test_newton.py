@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import functools
 import io
-import itertools
 import math
 from typing import NamedTuple
 
@@ -1102,9 +1101,11 @@ def test_on_the_same_data_conjugate_gradients_begin_with_the_last_step(wide, mon
         step = _Step(optimizer, compute_layer_derivatives(model))
         assert (step.span is not None) == wide
         last = step.span.shrink(last) if wide else last
+        step.look_back()
+        assert step.on_same_data and relative(step.last - last, last) < 1e-12
         preconditioner = step.preconditioner(0.1)
         for same in (True, False):
-            step.on_same_data = same
+            step.last = last if same else None
             found = step.conjugate_gradients(preconditioner)
 
             def product(v):
@@ -1124,7 +1125,7 @@ def test_on_the_same_data_conjugate_gradients_begin_with_the_last_step(wide, mon
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_steps_grow_longer_on_the_same_data_alone(dtype):
-    """λ falls there, by 0.1, where a longer step than the solution was wanted, and rises by 3 where a shorter one was."""
+    """λ falls there, by 0.1, where a longer step than the solution was wanted, and rises by 3 where a shorter one."""
     model, x, y = Case((8, 8), 60, inputs=6, classes=5).build()
     model, x, lengths, factors = model.to(dtype), x.to(dtype), {}, set()
     order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
@@ -1271,11 +1272,15 @@ def test_a_checkpoint_of_before_conjugate_gradients_goes_on_without_them():
     model, x, y = Case((6, 5), 14, inputs=4).build()
     optimizer = DampedNewton(model, curvature_batch=5, cg_iterations=0)
     state = optimizer.state_dict()
-    del state["param_groups"][0]["cg_iterations"]
+    del state["param_groups"][0]["cg_iterations"], state["state"][0]["data"]
     optimizer = DampedNewton(model, curvature_batch=5)
     optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["cg_iterations"] == 0
     optimizer.step(closure_of(model, x, y))
+    optimizer.param_groups[0]["cg_iterations"] = 8
+    for _ in range(2):
+        optimizer.step(closure_of(model, x, y))
+        assert optimizer.report.accepted
 
 
 def test_accurate_loss():
