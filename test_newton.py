@@ -1148,6 +1148,21 @@ def test_steps_grow_longer_on_the_same_data_alone(dtype):
     assert max(lengths[False]) >= 4 and max(lengths[True]) == 2
 
 
+def test_a_step_that_is_lengthened_is_not_on_other_data():
+    """The same step but for what the optimizer knows of the data of the one before."""
+    model, x, y = Case((8, 8), 60, inputs=6, classes=5).build()
+    optimizer = DampedNewton(model, curvature_batch=16)
+    while not optimizer.report or optimizer.report.length < 4:
+        before = copy.deepcopy((model, optimizer))
+        optimizer.step(closure_of(model, x, y))
+    for data, longest in ((before[1].state[before[1].param_groups[0]["params"][0]]["data"], math.inf), ((), 2)):
+        other, copied = copy.deepcopy(before)
+        copied.state[copied.param_groups[0]["params"][0]]["data"] = data
+        copied.step(closure_of(other, x, y))
+        assert 2 <= copied.report.length <= longest
+        assert (copied.report == optimizer.report) == (longest > 2)
+
+
 def test_data_are_known_again_by_what_is_in_them():
     """Also where all sums of inputs are alike, as with one-hot rows, and where the targets alone differ."""
     x, y = eye(5)[[0, 1, 2, 2, 3, 4]], torch.tensor([0, 1, 2, 0, 1, 2])
@@ -1185,13 +1200,34 @@ def test_a_useless_preconditioner_is_not_hidden_by_the_last_step(monkeypatch):
 
 
 @pytest.mark.parametrize("iterations", (1, 2))
-def test_few_iterations_do_not_begin_with_the_last_step(iterations):
-    """Nothing would be left that tells how far they get: λ would not fall."""
+def test_few_iterations_do_not_begin_with_the_last_step(iterations, monkeypatch):
+    """Nothing would be left that tells how far they get."""
     model, x, y = Case((8, 8), 60, inputs=6, classes=5).build()
     optimizer = DampedNewton(model, curvature_batch=40, cg_iterations=iterations)
-    for _ in range(30):
+    conjugate_gradients, residuals = _Step.conjugate_gradients, []
+
+    def recorded(step, preconditioner):
+        x = conjugate_gradients(step, preconditioner)
+        residuals.append(step.cg_residual)
+        return x
+
+    monkeypatch.setattr(_Step, "conjugate_gradients", recorded)
+    for _ in range(12):
         optimizer.step(closure_of(model, x, y))
-    assert optimizer.state[optimizer.param_groups[0]["params"][0]]["damping"] < 0.1
+    assert all((r == 0) == (iterations == 1) for r in residuals)
+
+
+def test_a_residual_that_is_no_number_is_not_solved(monkeypatch):
+    model, x, y = Case((8, 8), 60, inputs=6, classes=5).build()
+    optimizer, calls, inverse = DampedNewton(model, curvature_batch=16), [], newton.GramSystem.inverse
+    monkeypatch.setattr(
+        newton.GramSystem,
+        "inverse",
+        lambda gram, damped, v: inverse(gram, damped, v) * (math.nan if calls else calls.append(v) or 1.0),
+    )
+    optimizer.step(closure_of(model, x, y))
+    assert optimizer.report.accepted and optimizer.report.num_trials == 1 and optimizer.report.length >= 1
+    assert optimizer.state[optimizer.param_groups[0]["params"][0]]["damping"] == optimizer.report.damping
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
