@@ -89,7 +89,8 @@ def check_tracked(model: DeepMLPWithTracking, base: type, loss: Tensor) -> None:
         found = "no loss was tracked" if tracked is None else "this is not the loss that the model tracked last"
         raise ValueError(
             f"{found}: pass the very tensor that model(x, y, track_activations=True) returned, of the last such call. "
-            "Terms added to it are not seen: for a weight decay ½w‖θ‖² pass the plain loss and damping + w"
+            "Terms added to it are not seen: for a weight decay ½w‖θ‖² pass the plain loss and damping + w, "
+            "to DampedNewton weight_decay=w"
         )
     parameters = list(model.parameters())
     if not all(p.requires_grad for p in parameters):

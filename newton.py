@@ -340,6 +340,11 @@ class DampedNewton(torch.optim.Optimizer):
         _check_options(self.param_groups[0])  # they may have been changed
         with torch.enable_grad():
             loss = closure()
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"the closure must return the loss, got {type(loss).__name__}: let it end with "
+                "`return model(x, y, track_activations=True)`"
+            )
         mine, now = self.param_groups[0]["params"], list(self._model.parameters())
         if len(mine) != len(now) or any(p is not q for p, q in zip(mine, now, strict=True)):
             raise ValueError("the model has other parameters than at construction: make a new DampedNewton of it")

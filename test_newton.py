@@ -1477,6 +1477,12 @@ def test_wrong_optimizer_arguments():
     raises(ValueError, "unknown metric", DampedNewton, model, metric="euclidean")
     raises(ValueError, "unknown route", DampedNewton, model, route="dense")
     raises(ValueError, "curvature_batch must be an integer ≥ 1", DampedNewton, model, curvature_batch=0)
+    raises(
+        TypeError,
+        "closure must return the loss, got NoneType: .* `return model",
+        DampedNewton(model).step,
+        lambda: None,
+    )
     raises(ValueError, "route='gram' has the Gauss–Newton", DampedNewton, model, route="gram", curvature="hessian")
     raises(ValueError, "weight_decay", DampedNewton, model, weight_decay=-1.0)
     raises(ValueError, "damping must be positive", DampedNewton, model, damping=0.0)
