@@ -7,26 +7,34 @@ whatever the number of workers.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import signal
+import stat
 import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ILSVRC2012
 GRAY_MEAN, GRAY_STD = (0.458,), (0.226,)
 DUMMY_IMAGES, DUMMY_CLASSES = (1_281_167, 50_000), 1000  # as many as ILSVRC2012 has
-# what PIL raises for files that are no whole image
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+MAX_ASPECT = 8  # longer side : shorter side; what is beyond never enters the central crop
+# raised for a file that is not a whole image, and for one of more pixels than Image.MAX_IMAGE_PIXELS
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
 
 
 class DataError(Exception):
@@ -52,31 +60,71 @@ def generator_of(*key: object) -> torch.Generator:
 
 def standardized(images: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 images (n, channels, size, size) as the network takes them: a batch at once, and on its device."""
-    mean, std = (GRAY_MEAN, GRAY_STD) if images.shape[1] == 1 else (MEAN, STD)
-    mean, std = ([255 * value for value in values] for values in (mean, std))  # white is 255, not 1
+    statistics = (GRAY_MEAN, GRAY_STD) if images.shape[1] == 1 else (MEAN, STD)
+    mean, std = ([255 * value for value in values] for values in statistics)  # white is 255, not 1
     return v2.functional.normalize(images.to(dtype), mean, std, inplace=True)
 
 
 # ---------------------------------------------------------------------------------------------------- data sets
 
 
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of more than 8 bits in 8 bits. PIL's own conversion would clip it to white or to black.
+
+    - 16-bit integers: divided by 257, so that 65,535 becomes 255.
+    - floats: must lie in 0 … 1; multiplied by 255.
+    - other integers (signed or of 12 or 32 bits, in TIFF): their range is not known. ValueError.
+    """
+    pixels = np.asarray(image)
+    if image.mode == "F":
+        if not (0 <= pixels.min() and pixels.max() <= 1):  # NaN fails too
+            raise ValueError(f"float pixels must lie in 0 … 1, these in {pixels.min():g} … {pixels.max():g}")
+        return Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
+    bits = getattr(image, "tag_v2", {}).get(258, (16,))  # BitsPerSample of a TIFF
+    if bits != (16,) or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # in these, I holds 16 bits
+        raise ValueError("integer pixels must have 8 bits, or 16 without sign: save the image again")
+    return Image.fromarray(np.rint(pixels / 257).astype(np.uint8))
+
+
 def read_image(path: str) -> Image.Image:
-    with Image.open(path) as image:
-        image.load()
-        colour = image if image.mode == "RGB" else image.convert("RGB")  # from grey and CMYK
-        ImageOps.exif_transpose(colour, in_place=True)  # cameras turn an image by a tag
-        return colour
+    """The RGB image in a file, upright; one of the UNREADABLE errors if there is none."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        raise OSError("not a regular file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)  # cameras turn an image by a tag
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                return in_8_bits(image).convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")  # from grey and CMYK
 
 
-class Folder(ImageFolder):
-    """An ImageFolder whose classes are those of the training folder, so that an index means one class in both."""
+def without_far_ends(image: Image.Image) -> Image.Image:
+    """The centre of a very long image; any other unchanged. Resized whole, 30,000 × 1 pixels would take 8 GiB."""
+    longest = MAX_ASPECT * min(image.size)
+    return v2.functional.center_crop(image, [min(image.height, longest), min(image.width, longest)])
 
-    def __init__(self, root: Path, class_to_idx: dict[str, int]):
-        self._classes = class_to_idx
-        super().__init__(str(root), loader=read_image, allow_empty=True)
 
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        return list(self._classes), self._classes
+class Folder(NamedTuple):
+    """The images of DIR/train or DIR/val. Both have the classes of the training folder, so that an index means one."""
+
+    classes: list[str]
+    samples: list[tuple[str, int]]  # path and class index
+
+
+def images_below(root: Path, skipped: set[Path]) -> Iterator[str]:
+    """The image files below a class folder, in order. Links are followed, but each real folder is entered once."""
+    seen = skipped - {root.resolve()}
+    walk = []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = Path(folder).resolve()
+        folders[:] = [] if real in seen else sorted(folders)
+        if real not in seen:
+            walk.append((folder, sorted(names)))
+        seen.add(real)
+    for folder, names in sorted(walk):
+        yield from (os.path.join(folder, name) for name in names if name.lower().endswith(IMG_EXTENSIONS))
 
 
 class Images(Dataset):
@@ -95,7 +143,7 @@ class Images(Dataset):
         epoch, index = key
         path, target = self.folder.samples[index]
         try:
-            image = self.folder.loader(path)
+            image = read_image(path)
         except UNREADABLE as error:
             return Bad(path, f"{type(error).__name__}: {error}")
         if epoch is None:
@@ -146,27 +194,32 @@ def open_folders(root: Path) -> tuple[Folder, Folder]:
     train, val = class_folders(root / "train"), class_folders(root / "val")
     if unknown := sorted(set(val) - set(train)):
         raise DataError(f"{val[unknown[0]]} is a class that {root / 'train'} does not have ({len(unknown)} such)")
-    class_to_idx = {name: index for index, name in enumerate(train)}
-    folders = Folder(root / "train", class_to_idx), Folder(root / "val", class_to_idx)
-    for folder, classes in zip(folders, (train, val), strict=True):
-        found = {target for _, target in folder.samples}
-        for name, path in classes.items():
-            if class_to_idx[name] not in found:
-                raise DataError(f"{path} has no image in it (.JPEG, .png, …): fill it, or remove the folder")
-    return folders
+    return folder_of(root / "train", train, list(train)), folder_of(root / "val", val, list(train))
 
 
-def open_data(args) -> tuple[Dataset, Dataset, int]:
+def folder_of(root: Path, paths: dict[str, Path], classes: list[str]) -> Folder:
+    # a link to one of these would bring the images of one class into another
+    skipped = {root.resolve(), *root.resolve().parents, *(path.resolve() for path in paths.values())}
+    indices = {name: index for index, name in enumerate(classes)}
+    samples = []
+    for name, path in paths.items():
+        found = [(image, indices[name]) for image in images_below(path, skipped)]
+        if not found:
+            raise DataError(f"{path} has no image in it (.JPEG, .png, …): fill it, or remove the folder")
+        samples += found
+    return Folder(classes, samples)
+
+
+def open_data(args: argparse.Namespace) -> tuple[Dataset, Dataset, int]:
     """Training images, validation images, and the number of classes."""
     channels, size = (1 if args.grayscale else 3), args.image_size
     if args.dummy:
-        shape, sizes = (channels, size, size), (args.dummy, max(1, args.dummy * DUMMY_IMAGES[1] // DUMMY_IMAGES[0]))
-        train, val = (
-            DummyImages(n, shape, args.dummy_classes, p) for n, p in zip(sizes, ("train", "val"), strict=True)
-        )
-        return train, val, args.dummy_classes
+        shape, classes = (channels, size, size), args.dummy_classes
+        to_validate = max(1, args.dummy * DUMMY_IMAGES[1] // DUMMY_IMAGES[0])
+        generated = DummyImages(args.dummy, shape, classes, "train")
+        return generated, DummyImages(to_validate, shape, classes, "val"), classes
     last = [*([v2.Grayscale()] if args.grayscale else []), v2.PILToTensor()]
-    centre = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *last])
+    centre = v2.Compose([without_far_ends, v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *last])
     augmented = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *last])
     whole = v2.Compose([v2.Resize((size, size)), *last])
     train, val = open_folders(args.data_dir)
