@@ -3,12 +3,16 @@
     python3 simple_example.py                    # CIFAR-10 from ./data or the network, else the digits of scikit-learn
     python3 simple_example.py --data digits --seconds 20
 
-All methods run the same loop on the same batches and differ in their step alone. Gradient descent and Adam take the
-best of several rates, and are given the seconds that the exact Hessian took. That one raises its damping until the
-inertia of H + εI says that it is positive definite, and then by the ratio of the actual to the predicted decrease.
-Damped Newton (newton.py) takes gradient and curvature of the whole batch, by conjugate gradients preconditioned by
-the exact solve on --curvature-batch samples.
-Prints a table and who won by which measure, and writes loss.png under --out-dir.
+All methods start from the same weights and see the same batches. They run in the same loop and differ in their step
+alone. First the two Hessian methods run. Then gradient descent and Adam get the seconds that the exact Hessian took,
+each at the best of several learning rates.
+
+- Exact Hessian: p = −(H + εI)⁻¹ g on the batch. ε grows until H + εI is positive definite; after each step it is
+  adapted as in Levenberg-Marquardt.
+- Damped Newton: `newton.DampedNewton`. It takes the gradient and the curvature of the whole batch, by conjugate
+  gradients. The preconditioner is the exact solve on --curvature-batch samples.
+
+The script prints a table and the winner by each measure. It writes loss.png under --out-dir.
 """
 
 from __future__ import annotations
@@ -16,13 +20,11 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import http.client
 import math
+import subprocess
 import sys
-import threading
 import time
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,23 +35,29 @@ from tqdm import tqdm
 from hessian import DeepMLPWithTracking, factorize_hessian
 from newton import DampedNewton
 
-RATES = {"gradient descent": (0.01, 0.03, 0.1, 0.3, 1.0), "Adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
-PROBE_SECONDS = 2.0  # given to each rate
+FIRST_ORDER: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[float, ...]]] = {
+    "gradient descent": (torch.optim.SGD, (0.01, 0.03, 0.1, 0.3, 1.0)),  # learning rates to try
+    "Adam": (torch.optim.Adam, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+}
+TRIAL_SECONDS = 2.0  # of training at each learning rate, to choose one
 DOWNLOAD_TIMEOUT = 10  # seconds
 
 
 class DataError(Exception):
-    """The data asked for is not there, or not whole; the message names the path and what to do."""
+    """The images are missing or incomplete. The message names the path and says what to do."""
 
 
 class NoNetworkError(Exception):
-    """The download can't start; the message says why."""
+    """The download can't start. The message says why."""
+
+
+Data = tuple[Tensor, Tensor]  # (N, pixels) standardized, (N,) class indices
 
 
 class Images(NamedTuple):
     name: str
-    train: tuple[Tensor, Tensor]  # (N, pixels) standardized, (N,)
-    test: tuple[Tensor, Tensor]
+    train: Data
+    test: Data
 
 
 # --------------------------------------------------------------------------------------------------------- data
@@ -77,32 +85,24 @@ def load_cifar10(folder: Path, num_samples: int) -> Images:
         raise DataError(f"{archive} is partial or corrupt: delete it and run again, or pass --data digits")
     if not archive.exists() and not extracted.exists():
         check_network(CIFAR10.url)
-    try:
-        # neither is downloaded again where its checksums are right
+    try:  # torchvision downloads only what is missing
         parts = [CIFAR10(str(folder), train=flag, download=not extracted.exists()) for flag in (True, False)]
-    except RuntimeError as error:  # torchvision's word for a checksum that differs
+    except RuntimeError as error:  # torchvision: a checksum differs
         raise DataError(f"{extracted} is partial or corrupt: delete it and run again, or pass --data digits") from error
     train, test = ((torch.from_numpy(part.data).flatten(1), torch.tensor(part.targets)) for part in parts)
     return standardize("CIFAR-10", train, test, num_samples)
 
 
 def check_network(url: str) -> None:
-    """Raise NoNetworkError unless `url` answers within DOWNLOAD_TIMEOUT, name look-up and all."""
-    outcome: list[str] = []
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT).close()
-            outcome.append("")
-        except (OSError, http.client.HTTPException) as error:
-            outcome.append(str(error))
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(DOWNLOAD_TIMEOUT)
-    error = outcome[0] if outcome else f"no answer in {DOWNLOAD_TIMEOUT} s"
-    if error:
-        raise NoNetworkError(error)
+    """Raise NoNetworkError unless `url` answers within DOWNLOAD_TIMEOUT seconds."""
+    # In a process: a name look-up has no timeout of its own, and a thread could not be stopped.
+    command = [sys.executable, "-c", "import sys, urllib.request; urllib.request.urlopen(sys.argv[1])", url]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_TIMEOUT)
+    except subprocess.TimeoutExpired as error:
+        raise NoNetworkError(f"no answer in {DOWNLOAD_TIMEOUT} s") from error
+    if done.returncode:
+        raise NoNetworkError(done.stderr.strip().rpartition("\n")[2].partition(": ")[2])
 
 
 def load_digits(num_samples: int) -> Images:
@@ -114,14 +114,17 @@ def load_digits(num_samples: int) -> Images:
     return standardize("digits", (images[train], labels[train]), (images[test], labels[test]), num_samples)
 
 
-def standardize(name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_samples: int) -> Images:
-    """The first samples of train, all of test, in float64, each pixel by the mean and spread of what is trained on."""
+def standardize(name: str, train: Data, test: Data, num_samples: int) -> Images:
+    """The first `num_samples` training images and all test images, float64.
+
+    Each pixel is standardized by its mean and deviation over the training images used.
+    """
     if num_samples > len(train[0]):
         raise DataError(f"--samples {num_samples}: {name} has {len(train[0])} training images")
-    train = (train[0][:num_samples].double(), train[1][:num_samples].long())
-    mean, std = train[0].mean(0), train[0].std(0)
+    x, y = train[0][:num_samples].double(), train[1][:num_samples].long()
+    mean, std = x.mean(0), x.std(0)
     std[std == 0] = 1
-    return Images(name, ((train[0] - mean) / std, train[1]), ((test[0].double() - mean) / std, test[1].long()))
+    return Images(name, ((x - mean) / std, y), ((test[0].double() - mean) / std, test[1].long()))
 
 
 # ------------------------------------------------------------------------------------------------------ methods
@@ -129,40 +132,17 @@ def standardize(name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Ten
 
 class Step(NamedTuple):
     loss: float  # of the batch, before the step
-    hessian_seconds: float  # all but the loss and its gradient: curvature, solves, trials
+    hessian_seconds: float  # of everything but the loss and its gradient
     converged: bool = False
 
 
 StepFunction = Callable[[DeepMLPWithTracking, Tensor, Tensor], Step]
 
 
-def loss_and_gradient(model: DeepMLPWithTracking, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    loss = model(x, y, track_activations=True)
-    return loss, torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
-
-
-@torch.no_grad()
-def move(model: DeepMLPWithTracking, step: Tensor) -> None:
-    for p, s in zip(model.parameters(), step.split([p.numel() for p in model.parameters()]), strict=True):
-        p.add_(s.view_as(p))
-
-
-def gradient_descent(rate: float) -> StepFunction:
-    def step(model: DeepMLPWithTracking, x: Tensor, y: Tensor) -> Step:
-        loss = model(x, y)
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-        with torch.no_grad():
-            for p, g in zip(model.parameters(), gradients, strict=True):
-                p.sub_(g, alpha=rate)
-        return Step(loss.item(), 0.0)
-
-    return step
-
-
-def adam(rate: float) -> StepFunction:
-    @functools.cache  # one for the run
-    def optimizer_of(model: DeepMLPWithTracking) -> torch.optim.Adam:
-        return torch.optim.Adam(model.parameters(), rate)
+def first_order(optimizer_class: Callable[..., torch.optim.Optimizer], learning_rate: float) -> StepFunction:
+    @functools.cache  # one optimizer a run
+    def optimizer_of(model: DeepMLPWithTracking) -> torch.optim.Optimizer:
+        return optimizer_class(model.parameters(), lr=learning_rate)
 
     def step(model: DeepMLPWithTracking, x: Tensor, y: Tensor) -> Step:
         optimizer = optimizer_of(model)
@@ -182,64 +162,86 @@ def damped_newton(curvature_batch: int) -> StepFunction:
 
     def step(model: DeepMLPWithTracking, x: Tensor, y: Tensor) -> Step:
         optimizer = optimizer_of(model)
-        started, forward = time.perf_counter(), 0.0
+        started, forward_seconds = time.perf_counter(), 0.0
 
         def closure() -> Tensor:
-            nonlocal forward
-            begun = time.perf_counter()
+            nonlocal forward_seconds
+            forward_started = time.perf_counter()
             loss = model(x, y, track_activations=True)
-            forward = time.perf_counter() - begun
+            forward_seconds = time.perf_counter() - forward_started
             return loss
 
         loss = optimizer.step(closure)
-        return Step(loss.item(), time.perf_counter() - started - forward, optimizer.converged)
+        return Step(loss.item(), time.perf_counter() - started - forward_seconds, optimizer.converged)
 
     return step
 
 
 class ExactHessianStep:
-    """p = −(H + εI)⁻¹ g, with ε raised until H + εI is positive definite, so that p is a descent direction and the
-    minimizer of a convex model; accepted when the loss falls, ε adapted as Levenberg and Marquardt do."""
+    """θ ← θ − (H + εI)⁻¹ g, with ε adapted as in Levenberg-Marquardt.
+
+    ε grows until H + εI is positive definite: then the step is a descent direction. It is taken if the loss falls.
+    """
 
     def __init__(self, damping: float = 1.0):
         self.damping = damping
 
     def __call__(self, model: DeepMLPWithTracking, x: Tensor, y: Tensor) -> Step:
-        loss, g = loss_and_gradient(model, x, y)
-        before, started, seconds = copy.deepcopy(model.state_dict()), time.perf_counter(), 0.0
-        factorization = factorize_hessian(model, loss, self.damping)
-        while not factorization.is_positive_definite:
+        loss = model(x, y, track_activations=True)
+        parameters = list(model.parameters())
+        g = torch.nn.utils.parameters_to_vector(torch.autograd.grad(loss, parameters))
+        started = time.perf_counter()
+        while not (H := factorize_hessian(model, loss, self.damping)).is_positive_definite:
             self.damping *= 4
-            factorization = factorize_hessian(model, loss, self.damping)
-        p = factorization.solve(-g)
-        seconds = time.perf_counter() - started
-        # decrease of the quadratic model, −gᵀp − ½pᵀHp, by (H + εI)p = −g
+        p = H.solve(-g)
+        hessian_seconds = time.perf_counter() - started
+        # the quadratic model falls by −gᵀp − ½pᵀHp, and Hp = −g − εp
         predicted = -0.5 * float(g @ p) + 0.5 * self.damping * float(p @ p)
-        move(model, p)
         with torch.no_grad():
-            ratio = float(loss - model(x, y)) / predicted  # NaN: not accepted
-        if not ratio > 1e-4:
-            model.load_state_dict(before)
+            before = torch.nn.utils.parameters_to_vector(parameters)
+            torch.nn.utils.vector_to_parameters(before + p, parameters)
+            ratio = float(loss - model(x, y)) / predicted  # NaN is below every bound
+            if not ratio > 1e-4:
+                torch.nn.utils.vector_to_parameters(before, parameters)
         if not ratio > 0.25:
             self.damping *= 4
         elif ratio > 0.75:
             self.damping = max(self.damping / 3, 1e-8)
-        return Step(loss.item(), seconds)
+        return Step(loss.item(), hessian_seconds)
+
+
+# --------------------------------------------------------------------------------------------------------- loop
 
 
 class Run(NamedTuple):
     name: str
-    steps: list[int]  # where the loss of all samples was taken
-    seconds: list[float]
-    losses: list[float]
+    steps: list[int]  # at the start of each epoch, and at the end
+    seconds: list[float]  # then
+    losses: list[float]  # of all training images, then
     hessian_seconds: float
     train_accuracy: float
     test_accuracy: float
 
 
+def batches(x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Batches without end, shuffled anew in each epoch, and whether each is the first of its epoch."""
+    generator = torch.Generator().manual_seed(1)
+    while True:
+        if size == len(x):
+            yield x, y, True
+        else:
+            for number, batch in enumerate(torch.randperm(len(x), generator=generator).split(size)):
+                yield x[batch], y[batch], number == 0
+
+
 @torch.no_grad()
-def loss_of(model: DeepMLPWithTracking, data: tuple[Tensor, Tensor]) -> float:
+def loss_of(model: DeepMLPWithTracking, data: Data) -> float:
     return model(*data).item()
+
+
+@torch.no_grad()
+def accuracy_of(model: DeepMLPWithTracking, data: Data) -> float:
+    return (model(data[0]).argmax(1) == data[1]).double().mean().item()
 
 
 def train(
@@ -251,38 +253,44 @@ def train(
     max_seconds: float,
     max_steps: int,
 ) -> Run:
-    """The one loop: `step` on the same sequence of batches from the same start, until `max_seconds` or `max_steps`.
-
-    The loss of all samples is noted at the start of each epoch; where a batch is less than all, off the clock.
-    """
-    model, (x, y) = copy.deepcopy(start), images.train
-    whole = batch_size == len(x)
-    steps, times, losses, count, elapsed, hessian_seconds = [], [], [], 0, 0.0, 0.0
-    generator = torch.Generator().manual_seed(1)
+    """Train a copy of `start` by `step` until `max_seconds`, `max_steps` or convergence. Only steps count as time."""
+    model, whole = copy.deepcopy(start), batch_size == len(images.train[0])
+    steps: list[int] = []
+    seconds: list[float] = []
+    losses: list[float] = []
+    count, elapsed, hessian_seconds = 0, 0.0, 0.0
     with tqdm(total=round(max_seconds, 1), desc=name, disable=None, bar_format="{desc} {bar} {postfix}") as bar:
-        converged = False
-        while elapsed < max_seconds and count < max_steps and not converged:
-            steps.append(count)
-            times.append(elapsed)
-            losses.append(math.nan if whole else loss_of(model, images.train))
-            order = torch.arange(len(x)) if whole else torch.randperm(len(x), generator=generator)
-            for batch in order.split(batch_size):
-                started = time.perf_counter()
-                done = step(model, x, y) if whole else step(model, x[batch], y[batch])
-                elapsed += time.perf_counter() - started
-                count += 1
-                hessian_seconds += done.hessian_seconds
-                converged = done.converged
-                bar.set_postfix_str(f"step {count}, loss {done.loss:.3e}", refresh=False)
-                bar.update(min(elapsed, max_seconds) - bar.n)
-                if elapsed >= max_seconds or count >= max_steps or converged:
-                    break
+        for x, y, starts_epoch in batches(*images.train, batch_size):
+            if starts_epoch:
+                steps.append(count)
+                seconds.append(elapsed)
+                losses.append(math.nan if whole else loss_of(model, images.train))
+            started = time.perf_counter()
+            done = step(model, x, y)
+            elapsed += time.perf_counter() - started
+            count += 1
+            hessian_seconds += done.hessian_seconds
             if whole:
                 losses[-1] = done.loss
-    with torch.no_grad():
-        accuracies = [(model(a).argmax(1) == b).double().mean().item() for a, b in (images.train, images.test)]
+            bar.set_postfix_str(f"step {count}, loss {done.loss:.3e}", refresh=False)
+            bar.update(min(elapsed, max_seconds) - bar.n)
+            if elapsed >= max_seconds or count >= max_steps or done.converged:
+                break
     losses.append(loss_of(model, images.train))
-    return Run(name, [*steps, count], [*times, elapsed], losses, hessian_seconds, *accuracies)
+    accuracies = accuracy_of(model, images.train), accuracy_of(model, images.test)
+    return Run(name, [*steps, count], [*seconds, elapsed], losses, hessian_seconds, *accuracies)
+
+
+def train_at_best_rate(name: str, setting: tuple[DeepMLPWithTracking, Images, int], seconds: float) -> Run:
+    """Try every learning rate for TRIAL_SECONDS, then train for `seconds` at the one with the least loss."""
+    optimizer_class, rates = FIRST_ORDER[name]
+    losses = {}
+    for rate in rates:
+        trial = train(f"rate {rate:g}", *setting, first_order(optimizer_class, rate), TRIAL_SECONDS, 10**9)
+        losses[rate] = trial.losses[-1]
+    print(f"{name}, loss by rate: " + ", ".join(f"{rate:g}: {loss:.2e}" for rate, loss in losses.items()))
+    best = min(losses, key=lambda rate: (not losses[rate] < math.inf, losses[rate]))  # NaN last
+    return train(f"{name}, rate {best:g}", *setting, first_order(optimizer_class, best), seconds, 10**9)
 
 
 # ------------------------------------------------------------------------------------------------------- report
@@ -296,17 +304,17 @@ def report(runs: list[Run]) -> None:
             f"{run.name:32} {run.steps[-1]:7d} {run.losses[-1]:10.2e} {run.train_accuracy:7.1%} "
             f"{run.test_accuracy:7.1%} {run.seconds[-1]:8.1f} {share:8.0%}"
         )
-    at = min(len(r.steps) for r in runs) - 2  # the last entry may stand in the middle of an epoch
+    at = min(len(r.steps) for r in runs) - 2  # the last start of an epoch that all reached
     print()
-    winner(f"training loss after {runs[0].steps[at]} steps each", [(r.name, r.losses[at]) for r in runs])
-    winner("training loss at the end", [(r.name, r.losses[-1]) for r in runs])
-    level = max(min(r.losses) for r in runs)
-    times = [(r.name, next(t for t, loss in zip(r.seconds, r.losses, strict=True) if loss <= level)) for r in runs]
-    winner(f"seconds to the training loss that all reached, {level:.1e}", times)
-    winner("test accuracy", [(r.name, -r.test_accuracy) for r in runs])
+    print_winner(f"training loss after {runs[0].steps[at]} steps each", [(r.name, r.losses[at]) for r in runs])
+    print_winner("training loss at the end", [(r.name, r.losses[-1]) for r in runs])
+    common = max(min(r.losses) for r in runs)
+    times = [(r.name, next(t for t, loss in zip(r.seconds, r.losses, strict=True) if loss <= common)) for r in runs]
+    print_winner(f"seconds to the training loss that all reached, {common:.1e}", times)
+    print_winner("test accuracy", [(r.name, -r.test_accuracy) for r in runs])
 
 
-def winner(measure: str, values: list[tuple[str, float]]) -> None:
+def print_winner(measure: str, values: list[tuple[str, float]]) -> None:
     (first, a), (second, b) = sorted(values, key=lambda item: item[1])[:2]
     if a == b:
         print(f"By {measure}: a draw at {abs(a):.3g}.")
@@ -337,12 +345,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", choices=("auto", "cifar10", "digits"), default="auto")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is, or is downloaded to")
     parser.add_argument("--out-dir", type=Path, default=Path("runs/simple_example"))
-    parser.add_argument("--samples", type=int, default=64, help="training images used")
+    parser.add_argument("--samples", type=int, default=64, help="training images")
     parser.add_argument("--batch-size", type=int, default=None, help="default: all samples")
     parser.add_argument("--curvature-batch", type=int, default=32, help="samples of damped Newton's exact solve")
     parser.add_argument("--hidden-dim", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=30.0, help="for each method at most")
-    parser.add_argument("--steps", type=int, default=100, help="of the Hessian method at most")
+    parser.add_argument("--seconds", type=float, default=30.0, help="limit of each method")
+    parser.add_argument("--steps", type=int, default=100, help="limit of the two Hessian methods")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     for name in ("samples", "hidden_dim", "steps", "seconds", "batch_size", "curvature_batch"):
@@ -366,22 +374,11 @@ def run(args: argparse.Namespace) -> None:
         f"→ 10, {num_parameters:,} parameters, tanh, seed {args.seed}, {torch.get_num_threads()} threads"
     )
     setting = (start, images, batch_size)
-    # what a process pays once (torch's optimizers import a compiler) is nobody's time
+    # the first step of a process loads libraries: that is nobody's time
     damped_newton(args.curvature_batch)(copy.deepcopy(start), *images.train)
     newton = train("damped Newton", *setting, damped_newton(args.curvature_batch), args.seconds, args.steps)
     hessian = train("exact Hessian", *setting, ExactHessianStep(), args.seconds, args.steps)
-    first_order = []
-    for name, method in (("gradient descent", gradient_descent), ("Adam", adam)):
-        probes = [train(f"rate {r:g}", *setting, method(r), PROBE_SECONDS, 10**9) for r in RATES[name]]
-        print(f"{name}, loss by rate: " + ", ".join(f"{p.name[5:]}: {p.losses[-1]:.2e}" for p in probes))
-        # a NaN is never the least
-        best = min(
-            zip(RATES[name], probes, strict=True),
-            key=lambda pair: (not pair[1].losses[-1] < math.inf, pair[1].losses[-1]),
-        )
-        rate = best[0]
-        first_order.append(train(f"{name}, rate {rate:g}", *setting, method(rate), hessian.seconds[-1], 10**9))
-    runs = [*first_order, hessian, newton]
+    runs = [*(train_at_best_rate(name, setting, hessian.seconds[-1]) for name in FIRST_ORDER), hessian, newton]
     report(runs)
     path = args.out_dir / "loss.png"
     plot(runs, f"{images.name}, {args.samples} images, 6 layers", path)
