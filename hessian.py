@@ -38,7 +38,7 @@ all of it. B enters as F⁻¹B alone (a congruence), and no pivot is ever change
 all Σ are the inertia of H + εI, and its determinant is the product of theirs.
 
 Carried pivots. G is a Schur complement of layers ℓ … L alone: where it has an eigenvalue near 0 that couples strongly,
-its coordinates are left to the layer below, which eliminates them with its own (hessian_carried.py).
+its coordinates are left to the layer below, which eliminates them with its own (_hessian/carried_pivots.py).
 
 State damping. With μ > 0, x is also charged for the change of pre-activations it causes, averaged over the batch:
 (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ is added to H, S_ℓ x = s_ℓ. That is D ← D + μ/N in the hidden layers, and nothing else changes.
@@ -66,25 +66,22 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple, TypeVar
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessian_activations import ACTIVATIONS, Activation, initialize
-from hessian_carried import Carried, Formed, Waiting, carry, form, with_carried
-from hessian_checkpoints import Checkpoints, Memory
-from hessian_checks import (
+from _hessian.activations import ACTIVATIONS, Activation, initialize
+from _hessian.argument_checks import (
     check_choices,
     check_combination,
     check_inputs,
     check_kinds,
-    check_layers,
+    check_linears,
     check_loss,
     check_model,
     check_targets,
@@ -96,19 +93,36 @@ from hessian_checks import (
     checked_vector,
     checked_widths,
 )
-from hessian_costs import (
+from _hessian.carried_pivots import SweepInputs, carry, prepare, with_carried
+from _hessian.checkpoints import Checkpoints, Memory
+from _hessian.costs import (
     DENSE_CHUNK,
+    LayerShape,
     RouteCost,
-    estimate_cost,
     num_parameters,
     prefers_many_classes,
+    route_costs,
     shapes_of_layers,
 )
-from hessian_factorization import CertifiedFactorization, Factor, undamped_failure
-from hessian_linear_algebra import BLOCK, SymmetricFactor, factor_symmetric, minimum_norm, mirror, subtract_gram
-from hessian_many_classes import ManyClassPivot
-from hessian_pairs import Pair
-from hessian_reduced import Reduced, alike, join, split
+from _hessian.factorization import Factor, HessianFactorization, Settings, Solver, factorize, undamped_failure
+from _hessian.gram import GramFactor
+from _hessian.layers import (
+    LayerDerivatives,
+    NotPositiveDefinite,
+    OutputHessian,
+    SingularHessianError,
+    TrackedBatch,
+    blocks_of,
+    damping_vector,
+    flatten_blocks,
+    forward_tangent,
+    with_skip,
+)
+from _hessian.many_classes import ManyClassPivot
+from _hessian.pivots import CostToGo, Count, DensePivot, Pivot
+from _hessian.reduced_parameters import Reduced, assemble_solution, split_right_hand_side
+from _hessian.refinement import MinimumNorm, minimum_norm
+from _hessian.symmetric_factor import BLOCK, SymmetricFactor, factor_symmetric, mirror, subtract_gram
 
 __all__ = [
     "ACTIVATIONS",
@@ -126,34 +140,7 @@ __all__ = [
     "hessian_vector_product",
 ]
 
-Damping = float | tuple[float, ...]
-Number = TypeVar("Number", Tensor, Pair)
-
-
-class SingularHessianError(torch.linalg.LinAlgError):
-    """H + εI is singular, or v can't be reached to `rtol`. Carries what is known; the message says what to change.
-
-    layer: 1 … L, the layer whose pivot is singular, or None. damping: as asked for, or that layer's. residual: the best
-    relative residual ‖(H + εI)x − v‖/‖v‖ reached, the largest over the columns, or None where nothing was solved.
-    """
-
-    def __init__(self, message: str, *, layer: int | None = None, damping=None, residual: float | None = None):
-        super().__init__(message)
-        self.layer, self.damping, self.residual = layer, damping, residual
-
-
 # ------------------------------------------------------------------------------------------------ the network
-
-
-class _Tracked(NamedTuple):
-    """The batch of the last tracked call; the loss by weak reference, so that its graph can be freed."""
-
-    inputs: Tensor  # (N, a_0)
-    targets: Tensor  # (N,) or (N, C)
-    loss: Callable[[], Tensor | None]
-    value: Tensor
-    parameters: list[Tensor]
-    autocast: bool
 
 
 class DeepMLPWithTracking(nn.Module):
@@ -194,7 +181,7 @@ class DeepMLPWithTracking(nn.Module):
         # σ_ℓ of each layer; the output layer has none
         self.skips = tuple(float(residual and i == o) for i, o in zip(widths[:-1], widths[1:-1], strict=False))
         self.skips += (0.0,)
-        self._tracked: _Tracked | None = None
+        self._tracked: TrackedBatch | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -207,7 +194,7 @@ class DeepMLPWithTracking(nn.Module):
     def activate(self, index: int, h: Tensor, z: Tensor) -> Tensor:
         """Output z_ℓ (…, N, a) of hidden layer `index` from its pre-activations h and its inputs z. Override both this
         and `activation_derivatives` to add a new kind of layer z_ℓ = f(h) + σ z, f elementwise (USAGE shows one)."""
-        return _with_skip(self.skips[index], ACTIVATIONS[self.activation].value(h), z)
+        return with_skip(self.skips[index], ACTIVATIONS[self.activation].value(h), z)
 
     def activation_derivatives(self, index: int, h: Tensor) -> tuple[Tensor, Tensor]:
         """First and second derivative of `activate` in h, elementwise, in the shape and dtype of h: (N, a); without an
@@ -215,7 +202,7 @@ class DeepMLPWithTracking(nn.Module):
         return ACTIVATIONS[self.activation].derivatives(h)
 
     def forward(self, x: Tensor, targets: Tensor | None = None, track_activations: bool = False) -> Tensor:
-        check_inputs(self, x)
+        check_inputs(x, self.input_dim, self._dtype())
         z = x = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
         for index, linear in enumerate(self.layers[:-1]):
             z = self.activate(index, linear(z), z)
@@ -224,14 +211,16 @@ class DeepMLPWithTracking(nn.Module):
             if track_activations:
                 raise ValueError("track_activations=True needs targets: call model(x, y, track_activations=True)")
             return logits
-        check_targets(self, logits, targets, values=track_activations)
+        check_targets(self.loss, logits, targets, self._dtype(), values=track_activations)
         loss = self._loss(logits, targets)
         if track_activations:
             if loss.device.type == "mps":
                 raise ValueError("the solve needs float64 and mps has none: move the model and the batch to the CPU")
             autocast = torch.is_autocast_enabled(x.device.type)
             inputs, targets, *parameters = (t.detach().clone() for t in (x, targets, *self.parameters()))
-            self._tracked = _Tracked(inputs, targets, weakref.ref(loss), loss.detach().clone(), parameters, autocast)
+            self._tracked = TrackedBatch(
+                inputs, targets, weakref.ref(loss), loss.detach().clone(), parameters, autocast
+            )
         return loss
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -240,112 +229,82 @@ class DeepMLPWithTracking(nn.Module):
         # the default ignore_index, −100, would leave samples out of the mean: every index must be a class
         return F.cross_entropy(logits, targets, ignore_index=-(2**62))
 
+    def _dtype(self) -> torch.dtype:
+        return next(self.layers.parameters()).dtype
+
+    def _linears(self) -> list[nn.Linear]:
+        """The layers, checked to be all of the model: what the closed forms describe."""
+        check_linears(self.layers, self.parameters())
+        overridden = type(self).activate is not DeepMLPWithTracking.activate
+        if overridden and type(self).activation_derivatives is DeepMLPWithTracking.activation_derivatives:
+            name = type(self).__name__
+            raise ValueError(f"{name} overrides `activate` but not `activation_derivatives`: override both")
+        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+
     def __getstate__(self) -> dict:
         # a copy has no tracked loss of its own: weak references neither copy nor pickle
         return {**self.__dict__, "_tracked": None}
 
 
-def _with_skip(skip: float, out: Tensor, z: Tensor | None) -> Tensor:
-    """out + σ z; z is None, zero, before layer 1, and of another width than out where σ = 0."""
-    return out + skip * z if skip and z is not None else out
-
-
 # ---------------------------------------------------------------------------------------- per-layer derivatives
-
-
-class OutputHessian(NamedTuple):
-    """Λ_b = diag(d_b) − u_b u_bᵀ for each sample b; u_b = d_b/√(1ᵀd_b), so that Λ_b 1 = 0, or no such term."""
-
-    diagonal: Tensor  # (N, C) d ≥ 0
-    zero_sum: bool
-
-    @property
-    def rank_one(self) -> Tensor | None:
-        """u (N, C), or None."""
-        return self.diagonal * self.diagonal.sum(1, keepdim=True).rsqrt() if self.zero_sum else None
-
-    def apply(self, s: Number) -> Number:
-        """Λ s for s of shape (…, N, C)."""
-        if not self.zero_sum:
-            return self.diagonal * s
-        # measured from the likeliest class, which changes nothing, so that nothing cancels where its π is nearly 1
-        s = s.expand(*s.shape[:-2], *self.diagonal.shape)
-        s = s - s.gather(-1, self.diagonal.argmax(-1, keepdim=True).expand(*s.shape[:-1], 1))
-        d = Pair.of(self.diagonal) if isinstance(s, Pair) else self.diagonal
-        return self.diagonal * (s - (self.diagonal * s).sum(-1, keepdim=True) / d.sum(-1, keepdim=True))
-
-    def times(self, weight: Tensor) -> Tensor:
-        """Λ_b W (N, C, a′) for W (C, a′)."""
-        return self.apply(weight.mT.unsqueeze(1)).permute(1, 2, 0)
-
-
-class LayerDerivatives(NamedTuple):
-    """What the solve needs of one layer z = f(h) + σ z_{ℓ-1}, h = z̃ W̃ᵀ: everything in float64, detached."""
-
-    weight: Tensor  # (a, a′)  W, without the bias
-    inputs: Tensor  # (N, d)   z̃, with a last column of ones where the layer has a bias
-    slope: Tensor  # (N, a)    φ′(h); ones in the output layer
-    curvature: Tensor  # (N, a) β φ″(h); zeros in the output layer
-    adjoint: Tensor  # (N, a)  λ = β φ′(h) = ∂loss/∂h
-    skip: float  # σ
-    output: OutputHessian | None  # Λ in the output layer, else None
-    # (a, a) Ω, in a hidden layer: the form has another term, Σ_b uᵀΩ u, u = X z̃_b (newton.py; unknown to route 'gram')
-    penalty: Tensor | None = None
-    penalty_shift: Tensor | None = None  # () α: and α tr XᵀΩX; with N ≥ d only
 
 
 @torch.no_grad()
 def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivatives, ...]:
     """Derivatives of each layer at the batch last tracked, first layer first; the notation is the module's.
 
-    One forward and one backward pass in float64 from the present parameters, by the closed forms of
-    `ACTIVATIONS`; no autograd. Cost: O(N P). Every tensor is a new one. This is the one place that knows the kinds
-    of layer: a model whose layers have the form z = f(h) + σ z_{ℓ-1} brings its own through `activate` and
-    `activation_derivatives`. Not checked: that the parameters are those of the tracked loss (the callers check).
-    Raises ValueError where nothing was tracked.
+    One forward and one backward pass in float64 from the present parameters, by closed forms, without autograd. Cost:
+    O(N P). Every tensor is a new one. Raises ValueError where nothing was tracked. Not checked: that the parameters are
+    those of the tracked loss; the callers check that.
+
+    This is the place to add a kind of layer. A model whose layers have the form z = f(h) + σ z_{ℓ-1} overrides
+    `activate` and `activation_derivatives`.
     """
     check_model(model, DeepMLPWithTracking)
-    check_layers(model, DeepMLPWithTracking)
+    tracked, linears = model._tracked, model._linears()
+    if tracked is None:
+        raise ValueError("no loss was tracked: call model(x, y, track_activations=True) first")
     # forward: z̃, h
-    z, targets = model._tracked.inputs.to(torch.float64), model._tracked.targets
+    z = tracked.inputs.to(torch.float64)
     weights, inputs, pre_activations, ones = [], [], [], z.new_ones(len(z), 1)
-    last = len(model.layers) - 1
-    for index, linear in enumerate(model.layers):
-        weight, bias = linear.weight.to(torch.float64, copy=True), linear.bias
+    for index, linear in enumerate(linears):
+        weight = linear.weight.to(torch.float64, copy=True)
+        bias = None if linear.bias is None else linear.bias.to(torch.float64)
         weights.append(weight)
         inputs.append(z.clone() if bias is None else torch.cat([z, ones], 1))  # (N, d)
-        h = F.linear(z, weight, None if bias is None else bias.to(torch.float64))  # (N, a)
+        h = F.linear(z, weight, bias)  # (N, a)
         pre_activations.append(h)
-        if index < last:
+        if index < len(linears) - 1:
             z = model.activate(index, h, z)
-    check_loss(model, h)
-    # the loss in the logits: λ_L and Λ
-    N, C = h.shape
-    if model.loss == "mse":
-        adjoint = 2 * (h - targets.to(torch.float64)) / (N * C)
-        output = OutputHessian(torch.full_like(h, 2 / (N * C)), zero_sum=False)
-    else:
-        probabilities = torch.softmax(h, 1)
-        if targets.is_floating_point():
-            total = targets.to(torch.float64).sum(1, keepdim=True)  # 1 but for rounding
-            adjoint = (total * probabilities - targets.to(torch.float64)) / N
-        else:
-            total, onehot = 1.0, F.one_hot(targets, C).bool()
-            others = probabilities.masked_fill(onehot, 0.0)  # π_y − 1 = −Σ_{c≠y} π_c, without cancellation
-            adjoint = torch.where(onehot, -others.sum(1, keepdim=True), others) / N
-        output = OutputHessian(total * probabilities / N, zero_sum=True)
+    targets = tracked.targets.double() if tracked.targets.is_floating_point() else tracked.targets
+    check_loss(tracked, model._loss(h, targets))
+    adjoint, output = _output_derivatives(model.loss, h, targets)
     # backward: β_{ℓ-1} = λ_ℓ W_ℓ + σ_ℓ β_ℓ
     layers = [LayerDerivatives(weights[-1], inputs[-1], torch.ones_like(h), torch.zeros_like(h), adjoint, 0.0, output)]
     beta = adjoint @ weights[-1]
     derivatives = _activation_derivatives(model, pre_activations[:-1])
-    for index in range(last - 1, -1, -1):
-        first, second = derivatives[index]
+    for index, (first, second) in reversed(list(enumerate(derivatives))):
         layer = LayerDerivatives(
             weights[index], inputs[index], first, beta * second, beta * first, model.skips[index], None
         )
-        beta = _with_skip(layer.skip, layer.adjoint @ layer.weight, beta)
+        beta = with_skip(layer.skip, layer.adjoint @ layer.weight, beta)
         layers.append(layer)
     return tuple(reversed(layers))
+
+
+def _output_derivatives(loss: str, h: Tensor, targets: Tensor) -> tuple[Tensor, OutputHessian]:
+    """λ_L (N, C) and Λ, of the loss in the logits h (N, C)."""
+    N, C = h.shape
+    if loss == "mse":
+        return 2 * (h - targets) / (N * C), OutputHessian(torch.full_like(h, 2 / (N * C)), zero_sum=False)
+    probabilities = torch.softmax(h, 1)
+    if targets.is_floating_point():
+        total = targets.sum(1, keepdim=True)  # 1 but for rounding
+        return (total * probabilities - targets) / N, OutputHessian(total * probabilities / N, zero_sum=True)
+    onehot = F.one_hot(targets, C).bool()
+    others = probabilities.masked_fill(onehot, 0.0)  # π_y − 1 = −Σ_{c≠y} π_c, without cancellation
+    adjoint = torch.where(onehot, -others.sum(1, keepdim=True), others) / N
+    return adjoint, OutputHessian(probabilities / N, zero_sum=True)
 
 
 def _activation_derivatives(model: DeepMLPWithTracking, h: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -360,7 +319,8 @@ def _activation_derivatives(model: DeepMLPWithTracking, h: Sequence[Tensor]) -> 
 
 def _checked_derivatives(model: DeepMLPWithTracking, loss: Tensor) -> tuple[LayerDerivatives, ...]:
     """The derivatives, after every check that `loss` is the tracked one and still that of the parameters."""
-    check_tracked(model, DeepMLPWithTracking, loss)
+    check_model(model, DeepMLPWithTracking)
+    check_tracked(model._tracked, loss, list(model.parameters()))
     return compute_layer_derivatives(model)
 
 
@@ -384,56 +344,14 @@ def _modified(
 # ---------------------------------------------------------------------------------------------------- products
 
 
-def _blocks(layers: Sequence[LayerDerivatives], v: Tensor) -> list[Tensor]:
-    """(P, k) → one (k, a, d) a layer, the bias as last column: model.parameters() has each weight, then its bias."""
-    blocks, rest = [], v.mT.contiguous()  # (k, P)
-    for members in alike(layers):
-        (a, width), d, g = layers[members[0]].weight.shape, layers[members[0]].inputs.shape[1], len(members)
-        these, rest = rest.tensor_split((g * a * d,), 1)
-        weight, bias = these.unflatten(1, (g, a * d)).movedim(1, 0).tensor_split((a * width,), 2)  # (g, k, ·)
-        blocks += torch.cat([weight.unflatten(2, (a, width)), bias.unflatten(2, (a, d - width))], 3)
-    return blocks
-
-
-def _flatten(layers: Sequence[LayerDerivatives], blocks: Sequence[Tensor]) -> Tensor:
-    """The inverse of `_blocks`: one (k, a, d) a layer → (P, k)."""
-    pieces = []
-    for members in alike(layers):
-        together = torch.stack([blocks[i] for i in members], 1)  # (k, g, a, d)
-        weight, bias = together.tensor_split((layers[members[0]].weight.shape[1],), 3)
-        pieces.append(torch.cat([weight.flatten(2), bias.flatten(2)], 2).flatten(1))
-    return torch.cat(pieces, 1).mT
-
-
-def _forward_tangent(layers: Sequence[LayerDerivatives], X: Sequence[Number]) -> Iterator[tuple[Number, Number | None]]:
-    """Yields s_ℓ and t_{ℓ-1}, (k, N, a) each (t_0: None), for the blocks X_ℓ (k, a, d)."""
-    t = None
-    for layer, block in zip(layers, X, strict=True):
-        s = layer.inputs @ block.mT
-        if t is not None:
-            s = s + t @ layer.weight.mT
-        yield s, t
-        t = _with_skip(layer.skip, layer.slope * s, t)
-
-
 def _product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
-    """H v for v (P, k)."""
-    return _flatten(layers, _product_of_blocks(layers, _blocks(layers, v)))
-
-
-def _product_in_pairs(layers: Sequence[LayerDerivatives], v: Tensor) -> Pair:
-    """The same to some 70 bits (hessian_pairs.py), H being what the float64 derivatives make it."""
-    products = _product_of_blocks(layers, [Pair.of(block) for block in _blocks(layers, v)])
-    return Pair(_flatten(layers, [x.high for x in products]), _flatten(layers, [x.low for x in products]))
-
-
-def _product_of_blocks(layers: Sequence[LayerDerivatives], X: Sequence[Number]) -> list[Number]:
-    """The forward tangent, then the derivative of the backward pass along it.
+    """H v for v (P, k): the forward tangent, then the derivative of the backward pass along it.
 
     δλ_L = Λ s_L,  δβ_{ℓ-1} = δλ_ℓ W + λ X[:, :-1] + σ δβ_ℓ,  δλ_ℓ = φ′ δβ_ℓ + β φ″ s_ℓ
     (H X)_ℓ = δλᵀ z̃ + λᵀ [t_{ℓ-1}, 0]
     """
-    tangents = list(_forward_tangent(layers, X))
+    X = blocks_of(layers, v)
+    tangents = list(forward_tangent(layers, X))
     products, delta_beta = [], None
     for layer, block, (s, t) in zip(reversed(layers), reversed(X), reversed(tangents), strict=True):
         width = layer.weight.shape[1]
@@ -450,29 +368,30 @@ def _product_of_blocks(layers: Sequence[LayerDerivatives], X: Sequence[Number]) 
         if t is not None:
             product[:, :, :width] += layer.adjoint.mT @ t
             back = delta_lambda @ layer.weight + layer.adjoint @ block[:, :, :width]
-            delta_beta = _with_skip(layer.skip, back, delta_beta)
+            delta_beta = with_skip(layer.skip, back, delta_beta)
         products.append(product)
-    return products[::-1]
+    return flatten_blocks(layers, products[::-1])
 
 
-def _damping_vector(layers: Sequence[LayerDerivatives], epsilons: Sequence[float]) -> Tensor:
-    """Each parameter's damping, (P, 1)."""
+def _dense_hessian(layers: Sequence[LayerDerivatives]) -> Tensor:
+    """H (P, P), by products with the columns of the identity, in chunks; checked by one more product."""
     like = layers[0].weight
-    return torch.cat(
-        [like.new_full((len(x.weight) * x.inputs.shape[1], 1), e) for x, e in zip(layers, epsilons, strict=True)]
-    )
-
-
-def _dense_hessian(layers: Sequence[LayerDerivatives], num_parameters: int) -> Tensor:
-    """H (P, P), by products with the columns of the identity, in chunks."""
-    like = layers[0].weight
-    H = like.new_empty(num_parameters, num_parameters)
-    state = sum(layer.inputs.numel() + 4 * layer.slope.numel() for layer in layers) + num_parameters
+    P = num_parameters(shapes_of_layers(layers))
+    H = like.new_empty(P, P)
+    state = sum(layer.inputs.numel() + 4 * layer.slope.numel() for layer in layers) + P
     size = max(1, DENSE_CHUNK // (8 * state))
-    for start in range(0, num_parameters, size):
-        identity = like.new_zeros(num_parameters, min(size, num_parameters - start))
+    for start in range(0, P, size):
+        identity = like.new_zeros(P, min(size, P - start))
         identity.diagonal(-start).fill_(1)
         H[:, start : start + size] = _product(layers, identity)
+    # solves are certified by H: that must be the matrix of the products
+    v = torch.randn(P, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
+    error, size_of_H = (H @ v - _product(layers, v)).norm(), torch.linalg.matrix_norm(H)
+    if not bool(error <= 1e-10 * size_of_H * v.norm()) and bool(torch.isfinite(size_of_H)):
+        raise ArithmeticError(
+            f"the dense Hessian is off by {float(error / (size_of_H * v.norm())):.1e} of its norm from a product with "
+            "the same vector: is the memory or a BLAS at fault? Try route='sweep'"
+        )
     return H
 
 
@@ -495,67 +414,21 @@ def hessian_vector_product(
 # ---------------------------------------------------------------------------------------- one layer eliminated
 
 
-class _Indefinite(Exception):
-    """H + εI has a pivot, layer `index`'s counted from 0, that is not positive definite."""
-
-    def __init__(self, index: int):
-        super().__init__(index)
-        self.index = index
-
-
-class _CostToGo(NamedTuple):
-    P: Tensor  # (n, n), quadratic in t of this layer's outputs
-    waiting: Waiting | None  # what the layers above left to this one, beside t
-    definite: bool  # every pivot above was
-
-
-class _DensePivot(NamedTuple):
-    """G = F Σ Fᵀ of Y and what waited, and the whitened coupling ΣF⁻¹B, of which everything else is made."""
-
-    factor: SymmetricFactor
-    coupling: Tensor | None  # (m, n′) ΣF⁻¹B, the carried rows of it zero; None in layer 1
-    carried: Carried | None
-
-    def backward(self, q: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """From q (k, m): what `forward` needs of it, BᵀG⁻¹q (k, n′), and the linear terms of what is carried."""
-        white = self.factor.whiten_vectors(q)
-        left = None if self.carried is None else self.carried.take(white)
-        back = None if self.coupling is None else white @ self.coupling
-        return self.factor.sign(white), back, left
-
-    def forward(self, white: Tensor, t: Tensor | None, w: Tensor | None) -> Tensor:
-        """−G⁻¹(q + B t) for t (k, n′), given what was carried, w (k, k_w)."""
-        e = -white if t is None else torch.addmm(white, t, self.coupling.mT, beta=-1, alpha=-1)
-        if self.carried is not None:
-            self.carried.put(e, w)
-        return self.factor.unwhiten_vectors(e)
-
-
-_Pivot = _DensePivot | ManyClassPivot
-
-
-class _Count(NamedTuple):
-    """Of eliminated pivots."""
-
-    negative: int
-    logabsdet: float
-
-
 def _eliminate_layer(
     layers: Sequence[LayerDerivatives],
-    formed: Formed,
+    inputs: SweepInputs,
     epsilons: Sequence[float],
     many_classes: bool,
     index: int,
-    above: _CostToGo | None,
+    above: CostToGo | None,
     memory: Memory,
     definite_only: bool = False,
-) -> tuple[_Pivot, _Count, _CostToGo | None]:
+) -> tuple[Pivot, Count, CostToGo | None]:
     """One step of the backward sweep: the pivot of layer `index`, what it counts, and the cost-to-go below it.
 
-    The matrix of `above` is overwritten. definite_only: _Indefinite where a pivot is not positive definite.
+    The matrix of `above` is overwritten. definite_only: NotPositiveDefinite where a pivot is not positive definite.
     """
-    layer, reduced, epsilon = layers[index], formed.reduced[index], epsilons[index]
+    layer, reduced, epsilon = layers[index], inputs.reduced[index], epsilons[index]
     definite = above is None or above.definite
     (a, width), (N, r) = layer.weight.shape, reduced.rows.shape
     perpendicular = a * (layer.inputs.shape[1] - r)  # dimensions of X⊥
@@ -575,7 +448,7 @@ def _eliminate_layer(
         G, B, P = _form_pivot(layer, reduced, epsilon, above, memory, index)
         factor = factor_symmetric(G, epsilon, definite_only=definite_only, definite_first=definite)
         if factor is None and definite_only:
-            raise _Indefinite(index)
+            raise NotPositiveDefinite(index)
         if factor is None:
             raise _singular(index, epsilon, "its pivot is exactly singular")
         negative, logabsdet = factor.num_negative, factor.logabsdet
@@ -584,31 +457,31 @@ def _eliminate_layer(
         if index:
             W = factor.whiten(B)
             del B
-            carried, waiting = carry(layer, formed, index, epsilon, factor, W)
+            carried, waiting = carry(layer, inputs, index, epsilon, factor, W)
             if carried is not None:  # it counts below
                 values = waiting.values[: len(carried.rows)]
                 negative -= int((values < 0).sum())
                 logabsdet -= float(values.abs().log().sum())
                 perpendicular -= len(waiting.values) - len(values)
             W = subtract_gram(P, W, factor.signs)
-        pivot = _DensePivot(factor, W, carried)
+        pivot = DensePivot(factor, W, carried)
     if epsilon < 0:
         negative += perpendicular
     if perpendicular:
         logabsdet += perpendicular * math.log(abs(epsilon))
     if definite_only and negative:
-        raise _Indefinite(index)
+        raise NotPositiveDefinite(index)
     if not math.isfinite(logabsdet):
         raise _singular(index, epsilon, "its pivot is singular, or overflowed")
     if P is None:
-        return pivot, _Count(negative, logabsdet), None
+        return pivot, Count(negative, logabsdet), None
     mirror(P)
     if reduced.basis is not None:  # − (λλᵀ) ⊗ (I − QQᵀ)/ε, without the bias, and without what is carried
         adjoint = layer.adjoint if pivot.carried is None else pivot.carried.rest(layer.adjoint)
         P.view(N, width, N, width).addcmul_(
             (adjoint @ adjoint.mT)[:, None, :, None], reduced.outside[:, None, :], value=-1 / epsilon
         )
-    return pivot, _Count(negative, logabsdet), _CostToGo(P, waiting, definite)
+    return pivot, Count(negative, logabsdet), CostToGo(P, waiting, definite)
 
 
 def _singular(index: int, epsilon: float, why: str) -> SingularHessianError:
@@ -630,7 +503,7 @@ def _form_pivot(
     layer: LayerDerivatives,
     reduced: Reduced,
     epsilon: float,
-    above: _CostToGo | None,
+    above: CostToGo | None,
     memory: Memory,
     index: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -697,15 +570,15 @@ def _form_pivot(
 
 
 class _Sweep:
-    """The backward sweep, done: its counts, and its pivots for solves, kept or (`checkpoint`) recomputed, or, where not
-    `solvable`, neither."""
+    """The backward sweep, done: its counts, and its pivots for solves. These are kept, or with `checkpoint` recomputed;
+    where not `solvable`, neither."""
 
     @torch.inference_mode()  # what torch does beside the arithmetic is a third of a small network's time
     def __init__(
         self,
         layers: Sequence[LayerDerivatives],
         epsilons: Sequence[float],
-        formed: Formed | None,
+        inputs: SweepInputs | None,
         many_classes: bool,
         *,
         definite_only: bool = False,
@@ -713,15 +586,15 @@ class _Sweep:
         checkpoint: bool = False,
     ):
         self.layers, self.epsilons = layers, epsilons
-        self.formed = form(layers) if formed is None else formed
-        eliminate = partial(_eliminate_layer, layers, self.formed, epsilons, many_classes)
-        self._pivots: list[_Pivot] = []  # last layer first
+        self.inputs = prepare(layers) if inputs is None else inputs
+        eliminate = partial(_eliminate_layer, layers, self.inputs, epsilons, many_classes)
+        self._pivots: list[Pivot] = []  # last layer first
         self._checkpoints = Checkpoints(eliminate, len(layers)) if checkpoint else None
         self.num_negative, self.logabsdet, above = 0, 0.0, None
         keeps = solvable and not checkpoint
         memory = Memory(None if keeps else 1)
         for index in range(len(layers) - 1, -1, -1):
-            if checkpoint:
+            if self._checkpoints is not None:
                 self._checkpoints.keep(index, above)
             pivot, count, above = eliminate(index, above, memory, definite_only)
             if keeps:
@@ -729,11 +602,11 @@ class _Sweep:
             del pivot  # or it would live on while the next one is made
             self.num_negative, self.logabsdet = self.num_negative + count.negative, self.logabsdet + count.logabsdet
 
-    def downward(self) -> Iterator[_Pivot]:
+    def downward(self) -> Iterator[Pivot]:
         """The pivots, last layer first."""
         return iter(self._pivots) if self._checkpoints is None else self._checkpoints.downward()
 
-    def upward(self) -> Iterator[_Pivot]:
+    def upward(self) -> Iterator[Pivot]:
         """The pivots, first layer first."""
         return reversed(self._pivots) if self._checkpoints is None else self._checkpoints.upward()
 
@@ -745,9 +618,9 @@ class _Sweep:
 
     def _solve(self, v: Tensor) -> Tensor:
         """One backward and one forward sweep. What is carried has its coordinates beside t, and its slope beside p."""
-        layers, reduced = self.layers, self.formed.reduced
-        V, states = _blocks(layers, v), []
-        inside, outside, coupled = split(layers, reduced, V)
+        layers, reduced, states = self.layers, self.inputs.reduced, []
+        V = blocks_of(layers, v)
+        inside, outside, coupled = split_right_hand_side(layers, reduced, V)
         p = p_carried = None  # derivative of the cost-to-go at 0, in t_ℓ: (k, N, a), and in w: (k, k_w)
         for index, pivot in zip(range(len(layers) - 1, -1, -1), self.downward(), strict=True):
             layer, q = layers[index], inside[index]
@@ -757,106 +630,83 @@ class _Sweep:
             q = q.flatten(1) if p_carried is None else torch.cat([q.flatten(1), p_carried], 1)
             state, back, p_carried = pivot.backward(q)
             states.append(state)
-            if index == 0:
+            if index == 0 or back is None:
                 break
             back = back.unflatten(1, (-1, layer.weight.shape[1]))  # (k, N, a′)
-            below = -back if p is None else _with_skip(layer.skip, slope_p @ layer.weight - back, p)
-            if outside[index] is not None:
-                pull = coupled[index]
+            below = -back if p is None else with_skip(layer.skip, slope_p @ layer.weight - back, p)
+            pull, free = coupled[index], outside[index]
+            if pull is not None and free is not None:
                 if pivot.carried is not None and pivot.carried.left is not None:
-                    pull, of_outside = pivot.carried.split_outside(layer, V[index], outside[index])
-                    p_carried = torch.cat([p_carried, of_outside], 1)
+                    pull, of_outside = pivot.carried.split_outside(layer, V[index], free)
+                    p_carried = of_outside if p_carried is None else torch.cat([p_carried, of_outside], 1)
                 below = torch.add(below, pull, alpha=1 / self.epsilons[index])
             p = below
-        pivot = None  # its memory is used again
-        Y, inputs, t, w, carried = [], [], None, None, {}
+        del pivot  # its memory is used again
+        Y, inputs, t, w, insert_carried = [], [], None, None, {}
         for index, (pivot, state) in enumerate(zip(self.upward(), reversed(states), strict=True)):
             layer, rows = layers[index], reduced[index].rows
             solved = pivot.forward(state, None if t is None else t.flatten(1), w)  # (k, r a and what waited)
             if pivot.carried is not None and pivot.carried.left is not None:
-                carried[index] = pivot.carried, w
+                insert_carried[index] = partial(pivot.carried.replace_outside, w=w)
             r, a = rows.shape[1], layer.weight.shape[0]
             y, w = solved.tensor_split((r * a,), 1)
             y = y.unflatten(1, (r, a))  # (k, r, a)
             Y.append(y.mT)
             inputs.append(t)
             s = rows @ y if t is None else rows @ y + t @ layer.weight.mT  # z̃ X⊥ᵀ = 0
-            t = _with_skip(layer.skip, layer.slope * s, t)
-        return _flatten(layers, join(layers, reduced, self.epsilons, Y, outside, inputs, carried))
+            t = with_skip(layer.skip, layer.slope * s, t)
+        return flatten_blocks(
+            layers, assemble_solution(layers, reduced, self.epsilons, Y, outside, inputs, insert_carried)
+        )
 
 
 # ------------------------------------------------------------------------------------------ factor and solve
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class HessianFactorization(CertifiedFactorization):
-    """H + εI + (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ, or with JᵀΛJ for H, factored at one batch and one set of parameters; see
-    `factorize_hessian`. Where this class says H + εI, it means that matrix.
-
-    Immutable: it holds copies of all it needs, and answers for the parameters at factor time after they change.
-    """
-
-    _error = SingularHessianError
-
-    def _product(self, v: Tensor) -> Tensor:
-        return _product(self._layers, v) + _damping_vector(self._layers, self._epsilons) * v
-
-    def _residual(self, v: Tensor, x: Tensor) -> Tensor:
-        damped = _damping_vector(self._layers, self._epsilons) * Pair.of(x)
-        return (v - (_product_in_pairs(self._layers, x) + damped)).high
-
-    @staticmethod
-    def _factored(
-        layers: tuple[LayerDerivatives, ...],
-        rounded: tuple[LayerDerivatives, ...],
-        epsilons: tuple[float, ...],
-        route: str,
-        formed: object,
-        *,
-        solvable: bool,
-        checkpoint_layers: bool,
-        definite_only: bool,
-    ) -> tuple[Factor, object]:
-        shapes, N = shapes_of_layers(layers), len(layers[0].inputs)
-        if route == "dense":
-            formed = _dense_hessian(layers, num_parameters(shapes)) if formed is None else formed
-            G = formed.to(rounded[0].weight.dtype, copy=True)
-            return _factor_dense(G, layers, epsilons, definite_only), formed
-        if route == "gram":
-            from hessian_gram import GramFactor  # it is made of this module's layers and products
-
-            factor = GramFactor(rounded, epsilons, formed)
-        else:
-            factor = _Sweep(
-                rounded,
-                epsilons,
-                formed,
-                prefers_many_classes(shapes, N),
-                definite_only=definite_only,
-                solvable=solvable,
-                checkpoint=checkpoint_layers,
-            )
-        return factor, factor.formed
-
-
-_factorize = HessianFactorization.of_layers
+def _factor(
+    layers: tuple[LayerDerivatives, ...], settings: Settings, formed: object, definite_only: bool
+) -> tuple[Factor, object]:
+    """The factor by settings.route, and what no damping changes; see `Solver`."""
+    epsilons = settings.epsilons(len(layers))
+    rounded = tuple(x.in_float32() for x in layers) if settings.precision == "mixed" else layers
+    if settings.route == "dense":
+        H = formed if isinstance(formed, Tensor) else _dense_hessian(layers)
+        return _factor_dense(H.to(rounded[0].weight.dtype, copy=True), layers, settings, definite_only), H
+    if settings.route == "gram":
+        gram = GramFactor(rounded, epsilons, formed if isinstance(formed, Tensor) else None)
+        return gram, gram.formed
+    sweep = _Sweep(
+        rounded,
+        epsilons,
+        formed if isinstance(formed, SweepInputs) else None,
+        prefers_many_classes(shapes_of_layers(layers), len(layers[0].inputs)),
+        definite_only=definite_only,
+        solvable=settings.keep == "solve",
+        checkpoint=settings.checkpoint_layers,
+    )
+    return sweep, sweep.inputs
 
 
 def _factor_dense(
-    G: Tensor, layers: Sequence[LayerDerivatives], epsilons: Sequence[float], definite_only: bool
+    G: Tensor, layers: Sequence[LayerDerivatives], settings: Settings, definite_only: bool
 ) -> SymmetricFactor:
     """G + diag(ε), factored in G's memory."""
-    G.diagonal().add_(_damping_vector(layers, epsilons)[:, 0])
+    epsilons = settings.epsilons(len(layers))
+    G.diagonal().add_(damping_vector(layers, epsilons)[:, 0])
     factor = factor_symmetric(G, min(map(abs, epsilons)), definite_only=definite_only)
     if factor is None and definite_only:
-        raise _Indefinite(0)
+        raise NotPositiveDefinite(0)
     if factor is None:
-        damping = epsilons[0] if len(set(epsilons)) == 1 else tuple(epsilons)
         raise SingularHessianError(
-            f"H + damping·I, factored densely at damping={damping}, has an exactly singular pivot: choose another",
-            damping=damping,
+            f"H + damping·I, factored densely at damping={settings.damping}, has an exactly singular pivot: choose "
+            "another",
+            damping=settings.damping,
         )
     return factor
+
+
+_SOLVER = Solver(_product, _dense_hessian, _factor)
+_factorize = partial(factorize, _SOLVER)
 
 
 @torch.no_grad()
@@ -896,25 +746,24 @@ def factorize_hessian(
     m = a·min(N, d), n′ = N a′.
     Raises ValueError or TypeError for a loss or an argument that doesn't fit, SingularHessianError for an exactly
     singular pivot, MemoryError where the estimate exceeds the device's free memory. Pivots near 0 that couple strongly
-    are left to the layer below, so that no digits are lost that H + damping·I has. Not checked: that eigenvalues of H
-    are further from −ε than rounding, about 1e-15 ‖H‖ √P; those may be counted on the wrong side.
+    are left to the layer below, so that no digits are lost that H + damping·I has.
+
+    Not checked here: whether an eigenvalue of H lies within rounding of −ε, where it may be counted on the wrong side.
+    As a rule that is 1e-15 ‖H‖ √P; with huge or collinear inputs 1e-9 ‖H‖ was seen. `.inertia_is_certified` tells.
     """
     layers = _checked_derivatives(model, loss)
-    damping, state_damping = checked_damping(damping, len(layers)), checked_nonnegative("state_damping", state_damping)
     check_choices(route=route, precision=precision, keep=keep)
-    curvature = checked_curvature(curvature)
-    check_combination(route, curvature, state_damping, damping, checkpoint_layers)
-    layers = _modified(layers, curvature, state_damping)
-    return _factorize(
-        layers,
-        damping,
-        curvature,
+    settings = Settings(
+        checked_damping(damping, len(layers)),
+        checked_curvature(curvature),
         route,
-        state_damping,
-        precision=precision,
-        keep=keep,
-        checkpoint_layers=checkpoint_layers,
+        checked_nonnegative("state_damping", state_damping),
+        precision,
+        keep,
+        checkpoint_layers,
     )
+    check_combination(route, curvature, settings.state_damping, settings.damping, checkpoint_layers)
+    return _factorize(_modified(layers, curvature, settings.state_damping), settings)
 
 
 @torch.no_grad()
@@ -931,16 +780,57 @@ def hessian_inverse_vector_product(
     layers = _checked_derivatives(model, loss)
     damping, rtol = checked_damping(damping, len(layers)), checked_rtol(rtol)
     if damping != 0 and any(damping if isinstance(damping, tuple) else (damping,)):
-        return _factorize(layers, damping, "hessian", "auto").solve(v, rtol=rtol)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    columns = checked_vector(v, num_parameters, layers[0].weight.device)
-    found = minimum_norm(
-        lambda y: _product(layers, y),
-        lambda shift: _factorize(layers, shift, "hessian", "auto"),
-        columns,
-        rtol,
-    )
+        return _factorize(layers, Settings(damping)).solve(v, rtol=rtol)
+    columns = checked_vector(v, num_parameters(shapes_of_layers(layers)), layers[0].weight.device)
+
+    def solve(rtol: float) -> MinimumNorm:
+        return minimum_norm(
+            lambda y: _product(layers, y), lambda shift: _factorize(layers, Settings(shift)), columns, rtol
+        )
+
+    found = solve(rtol)
     if not bool((found.residual <= rtol).all()):
-        message = undamped_failure(found, columns, rtol, v.dtype)
+        message = undamped_failure(found, columns, rtol, v.dtype, solve)
         raise SingularHessianError(message, damping=0.0, residual=float(found.residual.max()))
     return found.x.reshape(v.shape).to(v.dtype)
+
+
+def estimate_cost(
+    model: DeepMLPWithTracking,
+    batch_size: int,
+    *,
+    curvature: str = "hessian",
+    precision: str = "float64",
+    keep: str = "solve",
+    checkpoint_layers: bool = False,
+) -> dict[str, RouteCost]:
+    """Operations and bytes of `factorize_hessian` by each route that `curvature` has, from shapes alone.
+
+    Arguments as there. {'sweep': …, 'dense': …, and for 'gauss_newton' 'gram': …}, each a `RouteCost`. Counted to
+    leading order, within 10 % of what is done and allocated where n = N × width is 100 or more; below, overheads
+    rule. Not counted: pivots that are carried (damping far below 1e-3), the model itself, and its autograd graph.
+    """
+    check_model(model, DeepMLPWithTracking)
+    check_choices(precision=precision, keep=keep)
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer ≥ 1, got {batch_size!r}")
+    zero_sum = model.loss == "cross_entropy"
+    shapes = tuple(
+        LayerShape(
+            linear.out_features,
+            linear.in_features,
+            linear.in_features + (linear.bias is not None),
+            bool(skip),
+            zero_sum,
+        )
+        for linear, skip in zip(model._linears(), model.skips, strict=True)
+    )
+    costs = route_costs(
+        shapes,
+        int(batch_size),
+        curvature=checked_curvature(curvature),
+        precision=precision,
+        keep=keep,
+        checkpoint_layers=checkpoint_layers,
+    )
+    return dict(costs)

@@ -1,4 +1,4 @@
-"""Tests of newton.py and what it is made of: hessian_gram.py, newton_trust_region.py, factorizations that stop early.
+"""Tests of newton.py and what it is made of: hessian_gram.py, trust_region.py, factorizations that stop early.
 
 Oracles: Jacobians and Hessians by torch.func, autograd. That of the trust region's best decrease is a dense
 eigendecomposition and Lagrangian duality, max over λ of
@@ -21,7 +21,16 @@ from torch import Tensor
 
 import hessian
 import newton
-import newton_trust_region
+from _hessian import trust_region
+from _hessian.gram import (
+    GramSystem,
+    count_gram_operations,
+    gauss_newton_product,
+    scaled_output,
+    split_damping,
+)
+from _hessian.refinement import Refined
+from _hessian.trial_losses import accurate_loss
 from hessian import (
     DeepMLPWithTracking,
     HessianFactorization,
@@ -30,17 +39,7 @@ from hessian import (
     factorize_hessian,
     hessian_vector_product,
 )
-from hessian_gram import (
-    GramSystem,
-    count_gram_operations,
-    gauss_newton_product,
-    scaled_output,
-    split_damping,
-)
-from hessian_linear_algebra import Refined
-from newton import DampedNewton, _Step, _sub_batch
-from newton_trials import accurate_loss
-from newton_trust_region import TrustRegionStep, _trust_region, trust_region_step
+from newton import DampedNewton, TrustRegionStep, _Step, _sub_batch, trust_region_step
 from test_hessian import (
     Case,
     case_id,
@@ -237,7 +236,7 @@ def test_hard_case_takes_the_lower_sign():
     """T = diag(−1, 1, 2): λ = 1 gives y = −c/(T + λ) off the eigenvector, which goes against the slope along it."""
     T = np.diag([-1.0, 1.0, 2.0])
     for slope in (1e-20, -1e-20):
-        found = newton_trust_region._solve_reduced(T, np.array([slope, 0.4, 0.3]), 5.0)
+        found = trust_region._solve_reduced(T, np.array([slope, 0.4, 0.3]), 5.0)
         y = found.vectors @ found.y
         assert found.hard_case and found.damping == pytest.approx(1.0, rel=1e-14)
         assert y[1:] == pytest.approx([-0.2, -0.1], rel=1e-12)
@@ -285,7 +284,7 @@ def test_tighter_proof():
 @pytest.mark.parametrize("problem", PROBLEMS[6:14:2] + PROBLEMS[11:12], ids=problem_id)
 def test_a_poor_search_is_found_out(problem, monkeypatch):
     """A Krylov space of 3 blocks misses λ_min: the factorizations say so, and the step is still the best one."""
-    monkeypatch.setattr(newton_trust_region, "_KRYLOV_STEPS", 3)
+    monkeypatch.setattr(trust_region, "_KRYLOV_STEPS", 3)
     d, counts = dense(problem), []
     for g in vectors(problem).values():
         for radius in (0.1, 10.0, 1e5):
@@ -312,13 +311,13 @@ def test_inaccurate_solves_prove_nothing(monkeypatch):
 def test_rounding_near_zero(monkeypatch):
     """A semidefinite matrix whose Cholesky factorization fails below 1e-8 ‖A‖: that λ stands for 0 then, in few trials;
     but failures up to 1e-4 ‖A‖ are never taken for rounding."""
-    d, factorize = dense(PROBLEMS[8]), newton_trust_region._factorize_definite
+    d, factorize = dense(PROBLEMS[8]), trust_region.factorize_definite
     for least, proved in ((1e-8, True), (1e-4, False)):
 
-        def failing(layers, damping, route, H=None, least=least * d.norm):
-            return factorize(layers, damping, route, H) if damping > least else (None, 1.0)
+        def failing(solver, layers, damping, route, H=None, least=least * d.norm):
+            return factorize(solver, layers, damping, route, H) if damping > least else (None, 1.0)
 
-        monkeypatch.setattr(newton_trust_region, "_factorize_definite", failing)
+        monkeypatch.setattr(trust_region, "factorize_definite", failing)
         if proved:
             step = trust_region_step(d.model, d.loss, d.gradient, 1e5)
             check_step(step, d, d.gradient, 1e5)
@@ -342,7 +341,7 @@ def test_modified_curvature(curvature, mu):
         d = Dense(model, loss, g, A, *torch.linalg.eigh(0.5 * (A + A.T)))
         layers = hessian._modified(compute_layer_derivatives(model), curvature, mu)
         for radius in (0.1, 1.0, 100.0):
-            check_step(_trust_region(layers, g, radius, w), d, g, radius)
+            check_step(trust_region.solve_trust_region(hessian._SOLVER, layers, g, radius, w), d, g, radius)
 
 
 def test_float32_vectors():
@@ -390,7 +389,7 @@ def test_definite_factorizations(case):
         damping = -factor * lowest
         definite = bool(eigenvalues[0] + damping > 0)
         for route in ("sweep", "dense"):
-            f, share = newton_trust_region._factorize_definite(layers, damping, route)
+            f, share = trust_region.factorize_definite(hessian._SOLVER, layers, damping, route)
             assert (f is not None) == definite
             if definite:
                 whole = factorize_hessian(model, loss, damping, route=route)
@@ -405,14 +404,16 @@ def test_an_early_stop_saves_what_it_says():
     """The share of operations, against torch's counter: a stop in the layers near the output is cheap."""
     model, loss = tracked_loss(Case((9, 8, 11) * 4, 6, inputs=7, classes=5))
     layers = compute_layer_derivatives(model)
-    lowest = float(torch.linalg.eigvalsh(hessian._dense_hessian(layers, num_parameters(model)))[0])
-    whole = counted_operations(lambda: newton_trust_region._factorize_definite(layers, -1.01 * lowest, "sweep"))
+    lowest = float(torch.linalg.eigvalsh(hessian._dense_hessian(layers))[0])
+    whole = counted_operations(
+        lambda: trust_region.factorize_definite(hessian._SOLVER, layers, -1.01 * lowest, "sweep")
+    )
     shares = []
     for factor in (0.9, 0.1, 0.01, 1e-3):
         found = []
         done = counted_operations(
             lambda e=-factor * lowest, out=found: out.append(
-                newton_trust_region._factorize_definite(layers, e, "sweep")
+                trust_region.factorize_definite(hessian._SOLVER, layers, e, "sweep")
             )
         )
         ((f, share),) = found
@@ -427,13 +428,13 @@ def test_dense_matrix_given():
     layers, H = compute_layer_derivatives(model), dense_hessian(Case((6, 4, 7), 15))
     H, v = H.clone(), random_vector(len(H))
     damping = 1.0 - float(torch.linalg.eigvalsh(H)[0])
-    f, _ = newton_trust_region._factorize_definite(
-        layers, damping, "dense", 2 * H + damping * torch.eye(len(H)).double()
+    f, _ = trust_region.factorize_definite(
+        hessian._SOLVER, layers, damping, "dense", 2 * H + damping * torch.eye(len(H)).double()
     )
     solved = f._direct(v[:, None])[:, 0]
     assert relative(2 * H @ solved + 2 * damping * solved - v, v) <= 1e-12
     before = H.clone()
-    newton_trust_region._factorize_definite(layers, damping, "dense", H)
+    trust_region.factorize_definite(hessian._SOLVER, layers, damping, "dense", H)
     assert torch.equal(H, before)
 
 
@@ -1278,7 +1279,7 @@ def test_the_least_damping_falls_with_the_loss_and_comes_back():
     state = optimizer.state[optimizer.param_groups[0]["params"][0]]
     for _ in range(85):
         optimizer.step(closure_of(model, x, y))
-    assert accurate_loss(model, model(x)[None], y).item() < 1e-36
+    assert accurate_loss(model.loss, model(x)[None], y).item() < 1e-36
     assert state["damping"] < 1e-36
     fitted = copy.deepcopy(model.state_dict())
     _, x, y = Case((8, 8), 12, inputs=6).build(seed=1)
@@ -1322,12 +1323,12 @@ def test_a_checkpoint_of_before_conjugate_gradients_goes_on_without_them():
 def test_accurate_loss():
     model, x, y = Case((4,), 6).build()
     h = random_vector(6, 3)
-    assert accurate_loss(model, h[None], y)[0].item() == pytest.approx(model._loss(h, y).item(), rel=1e-14)
+    assert accurate_loss(model.loss, h[None], y)[0].item() == pytest.approx(model._loss(h, y).item(), rel=1e-14)
     h = torch.zeros(6, 3, dtype=torch.float64).scatter(1, y[:, None], 50.0)
-    assert accurate_loss(model, h[None], y)[0].item() == pytest.approx(2 * math.exp(-50), rel=1e-12)
-    assert accurate_loss(model, -40 * h[None], y)[0].item() == pytest.approx(2000 + math.log(2), rel=1e-12)
+    assert accurate_loss(model.loss, h[None], y)[0].item() == pytest.approx(2 * math.exp(-50), rel=1e-12)
+    assert accurate_loss(model.loss, -40 * h[None], y)[0].item() == pytest.approx(2000 + math.log(2), rel=1e-12)
     soft = torch.softmax(random_vector(6, 3), 1)
-    assert accurate_loss(model, h[None], soft)[0].item() == pytest.approx(model._loss(h, soft).item(), rel=1e-12)
+    assert accurate_loss(model.loss, h[None], soft)[0].item() == pytest.approx(model._loss(h, soft).item(), rel=1e-12)
 
 
 WIDE = Case((7, 6), 9, inputs=60, classes=4)

@@ -1,18 +1,16 @@
-"""What newton.py tries: the objective at many steps in one batched forward pass, and the steps themselves, also where a
-wide first layer is restricted to what a step can change.
-"""
+"""Losses at many trial steps, in one batched forward pass. A wide first layer is restricted to what a step changes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from hessian import DeepMLPWithTracking, LayerDerivatives
+from _hessian.layers import LayerDerivatives
 
 _TRIAL_NUMBERS = 2**26  # numbers in the trial parameters and activations that one forward pass may hold
 
@@ -99,11 +97,20 @@ class Span(NamedTuple):
 class Objective:
     """f at many parameter vectors at once, in one batched forward pass in the model's dtype."""
 
-    def __init__(self, model: DeepMLPWithTracking, weight_decay: float, span: Span | None = None):
-        self.model, self.weight_decay = model, weight_decay
-        self.inputs, self.targets = model._tracked.inputs, model._tracked.targets
-        parameters = [p.detach() for layer in model.layers for p in (layer.weight, layer.bias) if p is not None]
-        self._biases = [linear.bias is not None for linear in model.layers]
+    def __init__(
+        self,
+        linears: Sequence[nn.Linear],
+        activate: Callable[[int, Tensor, Tensor], Tensor],
+        loss: str,
+        inputs: Tensor,
+        targets: Tensor,
+        weight_decay: float,
+        span: Span | None = None,
+    ):
+        self.activate, self.loss, self.weight_decay = activate, loss, weight_decay
+        self.inputs, self.targets = inputs, targets
+        parameters = [p.detach() for linear in linears for p in linear.parameters()]
+        self._biases = [linear.bias is not None for linear in linears]
         if span is not None:
             with torch.inference_mode(False):  # `gradient` needs a normal tensor
                 self.inputs = span.inputs.clone().to(self.inputs.dtype)
@@ -111,24 +118,23 @@ class Objective:
             self._biases[0] = False
         self.theta = torch.cat([p.flatten().double() for p in parameters])
         self._sizes = [p.numel() for p in parameters]
-        widest = max(layer.out_features for layer in model.layers)
+        widest = max(linear.out_features for linear in linears)
         self.rows = max(1, _TRIAL_NUMBERS // (len(self.theta) + 4 * len(self.inputs) * widest))
 
     def logits(self, theta: Tensor) -> Tensor:
         """(k, N, C) at θ (k, P)."""
         pieces = iter(theta.to(self.inputs.dtype).split(self._sizes, 1))
-        z, last = self.inputs.expand(len(theta), *self.inputs.shape), len(self.model.layers) - 1
-        activate = self.model.activate
+        z, last = self.inputs.expand(len(theta), *self.inputs.shape), len(self._biases) - 1
         for index, bias in enumerate(self._biases):
             weight = next(pieces).view(len(theta), -1, z.shape[2]).mT
             h = torch.baddbmm(next(pieces)[:, None, :], z, weight) if bias else torch.bmm(z, weight)
-            z = h if index == last else activate(index, h, z)
+            z = h if index == last else self.activate(index, h, z)
         return z
 
     def __call__(self, theta: Tensor) -> Tensor:
         """f (k,) at θ (k, P); where it overflows, NaN or infinite."""
         theta = theta.to(self.inputs.dtype)  # what the parameters would be
-        loss = accurate_loss(self.model, self.logits(theta).double(), self.targets)
+        loss = accurate_loss(self.loss, self.logits(theta).double(), self.targets)
         return loss + 0.5 * self.weight_decay * theta.double().square().sum(1) if self.weight_decay else loss
 
     def after(self, steps: Sequence[Tensor]) -> Tensor:
@@ -146,14 +152,14 @@ class Objective:
             return torch.autograd.grad(self(theta[None])[0], theta)[0]
 
 
-def accurate_loss(model: DeepMLPWithTracking, logits: Tensor, targets: Tensor) -> Tensor:
-    """The model's loss (k,) of logits (k, N, C); NaN where they overflow.
+def accurate_loss(loss: str, logits: Tensor, targets: Tensor) -> Tensor:
+    """The loss (k,) of logits (k, N, C); NaN where they overflow.
 
     For class indices with all its digits where it is tiny: log(1 + Σ_{c≠y} exp(h_c − h_y)) keeps those that
     log Σ exp(h_c) − h_y cancels.
     """
     logits = torch.where(logits.isfinite().all(-1, keepdim=True), logits, math.nan)  # an infinite h_y is no good fit
-    if model.loss == "mse":
+    if loss == "mse":
         return (logits - targets.double()).square().mean((1, 2))
     if targets.is_floating_point():
         return -(targets.double() * F.log_softmax(logits, -1)).sum(-1).mean(-1)

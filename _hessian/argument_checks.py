@@ -1,19 +1,16 @@
-"""What hessian.py refuses, and in which words: each message says what came, what was expected, and what to do."""
+"""Checks of what users pass. Each message says what came, what was expected, and what to do."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Number
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from hessian_activations import ACTIVATIONS
-
-if TYPE_CHECKING:
-    from hessian import Damping, DeepMLPWithTracking
+from _hessian.activations import ACTIVATIONS
+from _hessian.layers import Damping, TrackedBatch
 
 
 def checked_widths(
@@ -41,34 +38,35 @@ def check_kinds(activation: str, loss: str) -> None:
         raise ValueError(f"unknown loss {loss!r}: choose 'cross_entropy' or 'mse'")
 
 
-def check_inputs(model: DeepMLPWithTracking, x: Tensor) -> None:
-    if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[1:].numel() != model.input_dim:
+def check_inputs(x: Tensor, input_dim: int, dtype: torch.dtype) -> None:
+    if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[1:].numel() != input_dim:
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x must be a tensor of shape (N, …) with {model.input_dim} numbers a sample, got {shape}")
-    dtype, autocast = model.layers[0].weight.dtype, torch.is_autocast_enabled(x.device.type)
+        raise ValueError(f"x must be a tensor of shape (N, …) with {input_dim} numbers a sample, got {shape}")
+    autocast = torch.is_autocast_enabled(x.device.type)
     if x.dtype != dtype and not (autocast and x.is_floating_point()):
         raise TypeError(f"x is {x.dtype} and the model {dtype}: convert x with x.to({dtype}), or the model")
 
 
-def check_targets(model: DeepMLPWithTracking, logits: Tensor, targets: Tensor, values: bool) -> None:
-    """Shape and dtype of targets; where `values`, in tracked calls, what depends on the data too."""
-    indices = model.loss == "cross_entropy" and not targets.is_floating_point()
-    shape, dtype = (logits.shape[:1], torch.long) if indices else (logits.shape, model.layers[0].weight.dtype)
-    if targets.shape != shape or targets.dtype != dtype:
-        kind = "class indices" if indices else "targets" if model.loss == "mse" else "class probabilities"
+def check_targets(loss: str, logits: Tensor, targets: Tensor, dtype: torch.dtype, values: bool) -> None:
+    """Shape and dtype of targets, for a model of `dtype`; where `values`, in tracked calls, their values too."""
+    indices = loss == "cross_entropy" and not targets.is_floating_point()
+    shape, expected = (logits.shape[:1], torch.long) if indices else (logits.shape, dtype)
+    if targets.shape != shape or targets.dtype != expected:
+        kind = "class indices" if indices else "targets" if loss == "mse" else "class probabilities"
         raise ValueError(
-            f"{kind} must be {dtype} of shape {tuple(shape)}, got {targets.dtype} of shape {tuple(targets.shape)}"
+            f"{kind} must be {expected} of shape {tuple(shape)}, got {targets.dtype} of shape {tuple(targets.shape)}"
         )
     if not values:
         return
     if len(logits) == 0:
         raise ValueError("the batch is empty: the mean loss of no samples has no Hessian")
-    if indices and bool(((targets < 0) | (targets >= model.num_classes)).any()):
+    num_classes = logits.shape[1]
+    if indices and bool(((targets < 0) | (targets >= num_classes)).any()):
         raise ValueError(
-            f"class indices must lie in 0 … {model.num_classes - 1}, got {targets.min()} … {targets.max()}; "
+            f"class indices must lie in 0 … {num_classes - 1}, got {targets.min()} … {targets.max()}; "
             "drop samples to be ignored before the call"
         )
-    if model.loss == "cross_entropy" and not indices:
+    if loss == "cross_entropy" and not indices:
         off, tolerance = (targets.double().sum(1) - 1).abs().max(), max(1e-4, torch.finfo(dtype).eps)
         if not bool((targets >= 0).all() & (off <= tolerance)):
             raise ValueError(
@@ -77,14 +75,17 @@ def check_targets(model: DeepMLPWithTracking, logits: Tensor, targets: Tensor, v
             )
 
 
+def check_model(model: object, expected: type) -> None:
+    if not isinstance(model, expected):
+        raise TypeError(f"model must be a {expected.__name__}, got {type(model).__name__}: see USAGE.md to convert one")
+
+
 def _equal(p: Tensor, q: Tensor) -> bool:
     return p.dtype == q.dtype and p.device == q.device and torch.equal(p, q)
 
 
-def check_tracked(model: DeepMLPWithTracking, base: type, loss: Tensor) -> None:
-    """That `loss` is the one that the model tracked, and still that of its parameters."""
-    check_model(model, base)
-    tracked = model._tracked
+def check_tracked(tracked: TrackedBatch | None, loss: Tensor, parameters: Sequence[Tensor]) -> None:
+    """That `loss` is the tracked one, and still that of the parameters."""
     if tracked is None or tracked.loss() is not loss:
         found = "no loss was tracked" if tracked is None else "this is not the loss that the model tracked last"
         raise ValueError(
@@ -92,7 +93,6 @@ def check_tracked(model: DeepMLPWithTracking, base: type, loss: Tensor) -> None:
             "Terms added to it are not seen: for a weight decay ½w‖θ‖² pass the plain loss and damping + w, "
             "to DampedNewton weight_decay=w"
         )
-    parameters = list(model.parameters())
     if not all(p.requires_grad for p in parameters):
         raise ValueError("some parameters are frozen (requires_grad=False): H is that of all of them; unfreeze them")
     if not bool(torch.isfinite(loss)):
@@ -101,35 +101,21 @@ def check_tracked(model: DeepMLPWithTracking, base: type, loss: Tensor) -> None:
         raise ValueError("the parameters changed since the loss was tracked: call the model on the batch again")
 
 
-def check_model(model: DeepMLPWithTracking, base: type) -> None:
-    if not isinstance(model, base):
-        raise TypeError(f"model must be a {base.__name__}, got {type(model).__name__}: see USAGE.md to convert one")
-
-
-def check_layers(model: DeepMLPWithTracking, base: type) -> None:
-    """That a loss was tracked, and the parameters are those of plain Linear layers, each with its own, in the order of
-    `model.layers`."""
-    if model._tracked is None:
-        raise ValueError("no loss was tracked: call model(x, y, track_activations=True) first")
-    found = [p for linear in model.layers for p in (linear.weight, linear.bias) if p is not None]
-    if any(type(linear) is not nn.Linear for linear in model.layers):
-        kinds = ", ".join(sorted({type(linear).__name__ for linear in model.layers} - {"Linear"}))
+def check_linears(layers: Iterable[nn.Module], parameters: Iterable[Tensor]) -> None:
+    """That the parameters are those of plain Linear layers, each with its own, in the order of `layers`."""
+    layers = list(layers)
+    if any(type(layer) is not nn.Linear for layer in layers):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers} - {"Linear"}))
         raise ValueError(f"`model.layers` must hold plain nn.Linear only, got {kinds}: replace what is not")
-    if list(map(id, found)) != list(map(id, model.parameters())):
+    if [id(p) for layer in layers for p in layer.parameters()] != list(map(id, parameters)):
         raise ValueError(
             "the parameters must be those of `model.layers`, none shared and none outside: untie shared weights, and "
             "make other parameters buffers"
         )
-    overridden = type(model).activate is not base.activate
-    if overridden and type(model).activation_derivatives is base.activation_derivatives:
-        raise ValueError(f"{type(model).__name__} overrides `activate` but not `activation_derivatives`: override both")
 
 
-def check_loss(model: DeepMLPWithTracking, logits: Tensor) -> None:
-    """That the closed-form network is the one that gave the tracked loss: no hook, no overridden forward."""
-    tracked = model._tracked
-    targets = tracked.targets.double() if tracked.targets.is_floating_point() else tracked.targets
-    loss = model._loss(logits, targets)
+def check_loss(tracked: TrackedBatch, loss: Tensor) -> None:
+    """That `loss`, of the plain layers, is the tracked one: no hook, no overridden forward."""
     tolerance = math.sqrt(torch.finfo(tracked.value.dtype).eps) if not tracked.autocast else 0.1
     if not bool((loss - tracked.value).abs() <= tolerance * (1 + loss.abs())):
         raise ValueError(
@@ -162,7 +148,7 @@ def checked_vector(v: Tensor, num_parameters: int, device: torch.device, name: s
     return v[:, None] if v.dim() == 1 else v
 
 
-def _numbers(value) -> Tensor:
+def _numbers(value: object) -> Tensor:
     """value as a float64 tensor; NaN for what isn't numbers."""
     try:
         return torch.as_tensor(value, dtype=torch.float64)

@@ -16,23 +16,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hessian_linear_algebra import SymmetricFactor
-from hessian_reduced import Reduced, alike, reduced_inputs
-
-if TYPE_CHECKING:
-    from hessian import LayerDerivatives
+from _hessian.layers import LayerDerivatives, same_shape_groups
+from _hessian.reduced_parameters import Reduced, reduced_inputs
+from _hessian.symmetric_factor import SymmetricFactor
 
 _TINY = 1e-30  # keeps 0/0 out
 _TOGETHER = 2**16  # natural sizes are computed for layers of one shape together, up to so many numbers
 _GROWTH = 1e4  # a pivot that would add more than so many times the cost-to-go's natural size to it is carried
 
 
-class Formed(NamedTuple):
+class SweepInputs(NamedTuple):
     """What a sweep needs of the layers that no damping changes."""
 
     reduced: list[Reduced]
@@ -40,11 +38,11 @@ class Formed(NamedTuple):
     couplings: list[float]  # ‖λ‖ of each layer
 
 
-def form(layers: Sequence[LayerDerivatives]) -> Formed:
+def prepare(layers: Sequence[LayerDerivatives]) -> SweepInputs:
     reduced = reduced_inputs(layers)
-    adjoints = (torch.stack([layers[i].adjoint for i in members]) for members in alike(layers))
+    adjoints = (torch.stack([layers[i].adjoint for i in members]) for members in same_shape_groups(layers))
     norms = torch.cat([torch.linalg.vector_norm(adjoint, dim=(1, 2)) for adjoint in adjoints])
-    return Formed(reduced, _natural_scales(layers, reduced), norms.tolist())
+    return SweepInputs(reduced, _natural_scales(layers, reduced), norms.tolist())
 
 
 def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[Reduced]) -> list[float]:
@@ -59,7 +57,7 @@ def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[Reduce
         return [0.0]  # below layer 1 there is nothing
     last, hidden = layers[-1], layers[1:-1]
     couplings = []
-    for members in alike(layers, _TOGETHER):
+    for members in same_shape_groups(layers, _TOGETHER):
         adjoint, rows = (
             torch.stack([layers[i].adjoint for i in members]),
             torch.stack([reduced[i].rows for i in members]),
@@ -68,7 +66,7 @@ def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[Reduce
     P = last.weight.mT @ last.output.times(last.weight)  # (N, a′, a′)
     P.diagonal(dim1=1, dim2=2).add_(couplings[-1])
     largest = [P.abs().amax()[None]]
-    for members in reversed(list(alike(hidden, _TOGETHER))):
+    for members in reversed(list(same_shape_groups(hidden, _TOGETHER))):
         weight, slope, curvature = (
             torch.stack([getattr(hidden[i], name) for i in members]) for name in ("weight", "slope", "curvature")
         )
@@ -99,13 +97,13 @@ class Carried(NamedTuple):
     left: Tensor | None  # (a, j) U, orthonormal
     outside: Tensor | None  # (d, d − r) Q⊥
 
-    def take(self, white: Tensor) -> Tensor:
+    def take_linear_terms(self, white: Tensor) -> Tensor:
         """The linear terms (k, k₁) in ω, taken out of those in e (k, m)."""
         left = self.root * white[:, self.rows]
         white[:, self.rows] = 0.0
         return left
 
-    def put(self, e: Tensor, w: Tensor) -> None:
+    def insert_values(self, e: Tensor, w: Tensor) -> None:
         """ω into its places in e (k, m)."""
         e[:, self.rows] = self.root * w[:, : len(self.rows)]
 
@@ -127,7 +125,7 @@ class Carried(NamedTuple):
 
 def carry(
     layer: LayerDerivatives,
-    formed: Formed,
+    inputs: SweepInputs,
     index: int,
     epsilon: float,
     factor: SymmetricFactor,
@@ -138,7 +136,7 @@ def carry(
     A pivot whose elimination would add to the cost-to-go more than _GROWTH times its natural size. Rows of the whitened
     coupling W that are carried are set to zero. ω is scaled so that all couplings to t are of the size of Y's.
     """
-    reduced, scale, norm = formed.reduced[index], formed.scales[index], formed.couplings[index]
+    reduced, scale, norm = inputs.reduced[index], inputs.scales[index], inputs.couplings[index]
     if not 0 < scale < math.inf:  # nothing couples, or overflow, which is found elsewhere
         return None, None
     bound = _GROWTH * scale

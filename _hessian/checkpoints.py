@@ -1,15 +1,13 @@
-"""What a sweep keeps in memory: every √L-th cost-to-go in place of the pivots, and arrays that are used again."""
+"""Less memory for a sweep: every √L-th cost-to-go is kept in place of the pivots, and arrays are used again."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hessian import _CostToGo, _Pivot
+from _hessian.pivots import CostToGo, Pivot
 
 
 class Memory:
@@ -48,26 +46,26 @@ class Checkpoints:
     def __init__(self, eliminate: Callable, num_layers: int):
         self._eliminate, self._last = eliminate, num_layers - 1
         self._length = math.isqrt(num_layers - 1) + 1  # of a segment
-        self.segments: dict[int, _CostToGo | None] = {}  # highest layer of each: the cost-to-go above it
+        self.segments: dict[int, CostToGo | None] = {}  # highest layer of each: the cost-to-go above it
 
-    def keep(self, index: int, above: _CostToGo | None) -> None:
+    def keep(self, index: int, above: CostToGo | None) -> None:
         """What layer `index` is eliminated from, if that begins a segment."""
         if (self._last - index) % self._length == 0:
             self.segments[index] = _copied(above)
 
-    def downward(self) -> Iterator[_Pivot]:
+    def downward(self) -> Iterator[Pivot]:
         """The pivots, last layer first."""
         memory = Memory(1)
         for top in self.segments:
             yield from self._segment(top, memory)
 
-    def upward(self) -> Iterator[_Pivot]:
+    def upward(self) -> Iterator[Pivot]:
         """The pivots, first layer first."""
         memory = Memory(self._length)
         for top in reversed(self.segments):
             yield from reversed(list(self._segment(top, memory)))
 
-    def _segment(self, top: int, memory: Memory) -> Iterator[_Pivot]:
+    def _segment(self, top: int, memory: Memory) -> Iterator[Pivot]:
         above = _copied(self.segments[top])
         for index in range(top, max(top - self._length, -1), -1):
             pivot, _, above = self._eliminate(index, above, memory)
@@ -75,5 +73,5 @@ class Checkpoints:
             del pivot
 
 
-def _copied(above: _CostToGo | None) -> _CostToGo | None:
+def _copied(above: CostToGo | None) -> CostToGo | None:
     return None if above is None else above._replace(P=above.P.clone())

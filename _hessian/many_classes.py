@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hessian_linear_algebra import subtract_gram
-
-if TYPE_CHECKING:
-    from hessian import LayerDerivatives
+from _hessian.layers import LayerDerivatives
+from _hessian.symmetric_factor import subtract_gram
 
 _CHUNK_BYTES = 2**28  # the couplings of so many classes are formed at a time
 

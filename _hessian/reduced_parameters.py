@@ -11,27 +11,13 @@ N ≥ d there is no such rest. Notation as in hessian.py; (k, …) are the block
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hessian import LayerDerivatives
-    from hessian_carried import Carried
-
-
-def alike(layers: Sequence[LayerDerivatives], numbers: int | None = None) -> Iterator[list[int]]:
-    """Indices of neighbouring layers of one shape: what no recursion needs is computed for all of them at once, or for
-    as many of them as have no more than so many numbers in arrays (N, a, a′)."""
-    shapes = [(x.weight.shape, x.inputs.shape) for x in layers]
-    for shape, members in groupby(range(len(shapes)), key=shapes.__getitem__):
-        members = list(members)
-        size = len(members) if numbers is None else max(1, numbers // (shape[0].numel() * shape[1][0]))
-        for start in range(0, len(members), size):
-            yield members[start : start + size]
+from _hessian.layers import LayerDerivatives, same_shape_groups
 
 
 class Reduced(NamedTuple):
@@ -45,7 +31,7 @@ class Reduced(NamedTuple):
 def reduced_inputs(layers: Sequence[LayerDerivatives]) -> list[Reduced]:
     """Of every layer; one batched QR for those of one shape."""
     reduced = []
-    for members in alike(layers):
+    for members in same_shape_groups(layers):
         inputs = [layers[i].inputs for i in members]
         N, d = inputs[0].shape
         if N >= d:
@@ -66,13 +52,13 @@ def _times(blocks: Tensor, matrices: Tensor) -> Tensor:
     return (blocks.flatten(1, 2) @ matrices).unflatten(1, blocks.shape[1:3])
 
 
-def split(
+def split_right_hand_side(
     layers: Sequence[LayerDerivatives], reduced: Sequence[Reduced], V: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
     """Of each layer −(V Q)ᵀ (k, r, a), V⊥ = V − V Q Qᵀ (k, a, d), and λ V⊥ (k, N, a′) without the bias; None where
     zero."""
     inside, outside, coupled = [], [], []
-    for members in alike(layers):
+    for members in same_shape_groups(layers):
         if reduced[members[0]].basis is None:
             inside += [-V[i].mT for i in members]
             outside += [None] * len(members)
@@ -91,19 +77,20 @@ def split(
     return inside, outside, coupled
 
 
-def join(
+def assemble_solution(
     layers: Sequence[LayerDerivatives],
     reduced: Sequence[Reduced],
     epsilons: Sequence[float],
     Y: Sequence[Tensor],
     outside: Sequence[Tensor | None],
     states: Sequence[Tensor | None],
-    carried: Mapping[int, tuple[Carried, Tensor]],
+    insert_carried: Mapping[int, Callable[[Tensor], None]],
 ) -> list[Tensor]:
-    """X = Y Qᵀ + X⊥ (k, a, d) of each layer, from V⊥ of `split` and the states t_{ℓ-1} (k, N, a′); `carried`: of some
-    layers, what of X⊥ was carried, and its values."""
+    """X = Y Qᵀ + X⊥ (k, a, d) of each layer, from V⊥ and the states t_{ℓ-1} (k, N, a′).
+
+    insert_carried: of layers whose X⊥ was carried in part, what puts those parts into X⊥ (k, a, d)."""
     X = []
-    for members in alike(layers):
+    for members in same_shape_groups(layers):
         if outside[members[0]] is None:
             X += [Y[i] for i in members]
             continue
@@ -118,8 +105,7 @@ def join(
             free[..., :width] -= coupled
         for x, i in zip(free, members, strict=True):
             x /= epsilons[i]
-            if i in carried:
-                found, w = carried[i]
-                found.replace_outside(x, w)
+            if i in insert_carried:
+                insert_carried[i](x)
         X += free.add_(_times(torch.stack([Y[i] for i in members]), bases.mT))
     return X

@@ -34,28 +34,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hessian import (
-    DeepMLPWithTracking,
-    HessianFactorization,
-    LayerDerivatives,
-    SingularHessianError,
-    _checked_derivatives,
-    _dense_hessian,
-    _factorize,
-    _Indefinite,
-    _product,
-)
-from hessian_checks import checked_nonnegative, checked_radius, checked_rtol, checked_vector
-from hessian_costs import (
+from _hessian.costs import (
     cheapest_route,
     layer_operations,
     natural_operations,
     prefers_many_classes,
     shapes_of_layers,
 )
-from hessian_linear_algebra import UNIT_ROUNDOFF
-
-__all__ = ["TrustRegionStep", "trust_region_step"]
+from _hessian.factorization import HessianFactorization, Layers, Settings, Solver, factorize
+from _hessian.layers import NotPositiveDefinite, SingularHessianError
+from _hessian.refinement import UNIT_ROUNDOFF
 
 _ZERO = 1e-10  # relative to ‖A‖: the least λ; no Cholesky factorization tells a smaller one from 0
 _KRYLOV_STEPS = 40  # blocks of two products before the first factorization, at most
@@ -211,8 +199,8 @@ def _krylov_space(product: Callable[[Tensor], Tensor], g: Tensor, radius: float,
 # ---------------------------------------------------------------------------------------------- search and proof
 
 
-def _factorize_definite(
-    layers: tuple[LayerDerivatives, ...], damping: float, route: str, H: Tensor | None = None
+def factorize_definite(
+    solver: Solver, layers: Layers, damping: float, route: str, H: Tensor | None = None
 ) -> tuple[HessianFactorization | None, float]:
     """H + damping·I factored, and 1.0; or None where it is not positive definite, and the share of the operations done.
 
@@ -221,8 +209,8 @@ def _factorize_definite(
     'dense'; H: if it was formed.
     """
     try:
-        return _factorize(layers, damping, "hessian", route, definite_only=True, formed=H), 1.0
-    except _Indefinite as stop:
+        return factorize(solver, layers, Settings(damping, route=route), definite_only=True, formed=H), 1.0
+    except NotPositiveDefinite as stop:
         if route == "dense":
             return None, 1.0
         shapes, N = shapes_of_layers(layers), len(layers[0].inputs)
@@ -263,8 +251,9 @@ def _improve(
     return reduced, gap
 
 
-def _trust_region(
-    layers: tuple[LayerDerivatives, ...],
+def solve_trust_region(
+    solver: Solver,
+    layers: Layers,
     g: Tensor,
     radius: float,
     weight_decay: float = 0.0,
@@ -275,10 +264,10 @@ def _trust_region(
     """`trust_region_step` for layers (P parameters) and a finite g (P,) in float64, unchecked."""
     if route == "auto":
         route = cheapest_route(shapes_of_layers(layers), len(layers[0].inputs))
-    H = _dense_hessian(layers, len(g)) if route == "dense" else None
+    H = solver.dense(layers) if route == "dense" else None
 
     def product(v: Tensor) -> Tensor:  # A v
-        return (_product(layers, v) if H is None else H @ v) + weight_decay * v
+        return (solver.product(layers, v) if H is None else H @ v) + weight_decay * v
 
     space = _krylov_space(product, g[:, None], radius, rtol)
     reduced = space.solve(radius)
@@ -288,7 +277,7 @@ def _trust_region(
         shift = max(reduced.damping + margin, low + growth)
         if shift <= low or (growth and shift > high):
             shift = math.sqrt(low * high)
-        factorization, share = _factorize_definite(layers, weight_decay + shift, route, H)
+        factorization, share = factorize_definite(solver, layers, weight_decay + shift, route, H)
         work += share
         if factorization is None:  # −λ_min ≥ σ: V has not found λ_min, by about the residual of its lowest vector
             low, unseen = shift, float(torch.linalg.vector_norm(space.residuals(reduced)[:, 1]))
@@ -308,48 +297,3 @@ def _trust_region(
         "'dense'",
         damping=shift,
     )
-
-
-@torch.no_grad()
-def trust_region_step(
-    model: DeepMLPWithTracking,
-    loss: Tensor,
-    gradient: Tensor,
-    radius: float,
-    *,
-    weight_decay: float = 0.0,
-    rtol: float = 1e-4,
-    route: str = "auto",
-) -> TrustRegionStep:
-    """The global minimizer p of gᵀp + ½ pᵀ(H + wI)p over ‖p‖ ≤ radius, H the exact Hessian at the tracked `loss`.
-
-    gradient: g, (P,), float32 or float64, in the order of `model.parameters()`: any vector, not only the loss's
-    gradient; g = 0 at a saddle gives a step along an eigenvector of λ_min. radius: Δ > 0, in units of parameters.
-    weight_decay: w ≥ 0, of an L2 term ½w‖θ‖² in the objective (its gradient, wθ, is the caller's to add to g), in units
-    of loss / parameter². rtol: the decrease is proved to be within rtol of the best one, relative to itself. route: as
-    in `factorize_hessian`.
-
-    Cost: one factorization as a rule, up to four seen; beside them up to 80 products with H, two dozen solves a
-    factorization, and memory for as many vectors (P,). On one core a step took 2.7 times as long as a factorization at
-    30 layers of width 8 with 32 samples, where those are small, and 1.1 times at 8 layers of width 16 with 64.
-    Products, solves and the small problems are in float64.
-
-    Unlike Moré & Sorensen's algorithm, the secular equation is solved in a subspace, and factorizations only prove; the
-    stop is by the duality gap, not by ‖p‖ − Δ; p is a combination of vectors, so that (A + λI)p = −g holds to about
-    √rtol. No λ below 1e-10 ‖A‖ is tried (a cross-entropy Hessian is singular): inside the ball that λ stands for 0, and
-    what only a smaller one would use is left, negative curvature and parts of g near the null space alike.
-    Raises ValueError or TypeError for input that doesn't fit, SingularHessianError where float64 does not suffice for
-    the proof. Not checked: the rounding of the factorizations. Where the sweep finds a semidefinite matrix indefinite
-    by rounding, as it can with N below the width and λ below about 1e-7 ‖A‖, the step is returned unproved there.
-    """
-    layers = _checked_derivatives(model, loss)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    if not isinstance(gradient, Tensor) or gradient.shape != (num_parameters,):
-        came = tuple(gradient.shape) if isinstance(gradient, Tensor) else type(gradient).__name__
-        raise ValueError(f"gradient must be a tensor of shape ({num_parameters},), got {came}: one at a time")
-    g = checked_vector(gradient, num_parameters, layers[0].weight.device)
-    radius, weight_decay = checked_radius(radius), checked_nonnegative("weight_decay", weight_decay)
-    if route not in ("auto", "sweep", "dense"):
-        raise ValueError(f"unknown route {route!r}: choose 'auto', 'sweep' or 'dense'")
-    found = _trust_region(layers, g[:, 0], radius, weight_decay, rtol=checked_rtol(rtol), route=route)
-    return found._replace(step=found.step.to(gradient.dtype))

@@ -5,17 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from numbers import Integral
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from hessian_checks import check_choices, checked_curvature
-from hessian_linear_algebra import BLOCK
-
-if TYPE_CHECKING:
-    from hessian import DeepMLPWithTracking, LayerDerivatives
+from _hessian.layers import LayerDerivatives
+from _hessian.symmetric_factor import BLOCK
 
 DENSE_CHUNK = 2**28  # bytes: temporaries of the dense Hessian are formed in chunks of this
 _CLASS_CHUNK = 2**28  # bytes: the couplings of many classes are formed in chunks of this
@@ -41,14 +37,6 @@ class RouteCost(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.operations:.2g} operations, {self.bytes / 1e9:.2g} GB"
-
-
-def shapes_of_model(model: DeepMLPWithTracking) -> tuple[LayerShape, ...]:
-    zero_sum = model.loss == "cross_entropy"
-    return tuple(
-        LayerShape(*linear.weight.shape, linear.in_features + (linear.bias is not None), bool(skip), zero_sum)
-        for linear, skip in zip(model.layers, model.skips, strict=True)
-    )
 
 
 def shapes_of_layers(layers: Sequence[LayerDerivatives]) -> tuple[LayerShape, ...]:
@@ -226,37 +214,6 @@ def route_costs(
         bytes_["gram"] = 8 * (derivatives + 2 * n * n + 2 * n * sum(x.a for x in shapes))
     return MappingProxyType(
         {r: RouteCost(operations[r], _solve_operations(shapes, N, r), bytes_[r]) for r in operations}
-    )
-
-
-def estimate_cost(
-    model: DeepMLPWithTracking,
-    batch_size: int,
-    *,
-    curvature: str = "hessian",
-    precision: str = "float64",
-    keep: str = "solve",
-    checkpoint_layers: bool = False,
-) -> dict[str, RouteCost]:
-    """Operations and bytes of `factorize_hessian` by each route that `curvature` has, from shapes alone.
-
-    Arguments as there. {'sweep': …, 'dense': …, and for 'gauss_newton' 'gram': …}, each a `RouteCost`. Counted to
-    leading order, within 10 % of what is done and allocated where n = N × width is 100 or more; below, overheads
-    rule. Not counted: pivots that are carried (damping far below 1e-3), the model itself, and its autograd graph.
-    """
-    check_choices(precision=precision, keep=keep)
-    curvature = checked_curvature(curvature)
-    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer ≥ 1, got {batch_size!r}")
-    return dict(
-        route_costs(
-            shapes_of_model(model),
-            int(batch_size),
-            curvature=curvature,
-            precision=precision,
-            keep=keep,
-            checkpoint_layers=checkpoint_layers,
-        )
     )
 
 

@@ -27,16 +27,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hessian import (
+from _hessian.layers import (
     LayerDerivatives,
     SingularHessianError,
-    _blocks,
-    _damping_vector,
-    _flatten,
-    _forward_tangent,
-    _with_skip,
+    blocks_of,
+    damping_vector,
+    flatten_blocks,
+    forward_tangent,
+    with_skip,
 )
-from hessian_linear_algebra import factor_symmetric
+from _hessian.symmetric_factor import factor_symmetric
 
 _LARGEST_RESIDUAL = 1e100  # of √N w; beyond it squares overflow
 
@@ -83,7 +83,7 @@ def output_jacobians(layers: Sequence[LayerDerivatives], root: Tensor) -> list[T
     """E_ℓ = Sᵀ ∂h_L/∂h_ℓ (K, N, a) of each layer, first layer first: one backward pass of K columns a sample."""
     E, beta = [root.permute(2, 0, 1).contiguous()], None
     for above, layer in zip(reversed(layers[1:]), reversed(layers[:-1]), strict=True):
-        beta = _with_skip(above.skip, E[-1] @ above.weight, beta)
+        beta = with_skip(above.skip, E[-1] @ above.weight, beta)
         E.append(beta * layer.slope)
     return E[::-1]
 
@@ -308,7 +308,7 @@ class GramSystem:
 
     def scaled_tangent(self, x: Tensor) -> Tensor:
         """J x (K N,) for x (P,)."""
-        for s, _ in _forward_tangent(self.layers, _blocks(self.layers, x[:, None])):
+        for s, _ in forward_tangent(self.layers, blocks_of(self.layers, x[:, None])):
             last = s
         return self.scale(last[0])
 
@@ -359,7 +359,7 @@ class GramFactor:
     """
 
     def __init__(self, layers: Sequence[LayerDerivatives], epsilons: Sequence[float], formed: Tensor | None):
-        self._layers, self._damping = layers, _damping_vector(layers, epsilons)
+        self._layers, self._damping = layers, damping_vector(layers, epsilons)
         self._root = scaled_output(layers[-1]).root  # (N, C, K)
         scale = max(map(abs, epsilons))
         plain = len(set(epsilons)) == 1  # then J Jᵀ serves for any damping
@@ -374,10 +374,15 @@ class GramFactor:
             M = _gram_matrix(factors, (self._root.shape[2], len(self._root)))
         self.formed = M if plain else formed
         shifted = M / (epsilons[0] if plain else scale)
+        damping = epsilons[0] if plain else tuple(epsilons)
+        if not torch.finfo(M.dtype).eps * float(torch.linalg.matrix_norm(shifted)) < 1:
+            raise SingularHessianError(
+                f"rounding of JᵀΛJ is larger than the damping, {damping}: choose a larger one, or scale the inputs",
+                damping=damping,
+            )
         shifted.diagonal().add_(1)
         factor = factor_symmetric(shifted)
         if factor is None:
-            damping = epsilons[0] if plain else tuple(epsilons)
             raise SingularHessianError(
                 f"JᵀΛJ + damping·I has an exactly singular Gram matrix at damping={damping}: choose another",
                 damping=damping,
@@ -389,7 +394,7 @@ class GramFactor:
     def solve(self, v: Tensor) -> Tensor:
         """(JᵀJ + D)⁻¹v for v (P, k)."""
         scaled = v / self._damping
-        for s, _ in _forward_tangent(self._layers, _blocks(self._layers, scaled)):
+        for s, _ in forward_tangent(self._layers, blocks_of(self._layers, scaled)):
             logits = s  # (k, N, C)
         y = torch.einsum("nck,jnc->knj", self._root, logits).flatten(0, 1)  # (K N, columns)
         y = self._factor.solve(y)
@@ -400,7 +405,7 @@ class GramFactor:
 
 def gauss_newton_product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
     """JᵀΛJ v for v (P, k): two passes through the network."""
-    for s, _ in _forward_tangent(layers, _blocks(layers, v)):
+    for s, _ in forward_tangent(layers, blocks_of(layers, v)):
         logits = s
     return _transposed(layers, layers[-1].output.apply(logits))
 
@@ -412,8 +417,8 @@ def _transposed(layers: Sequence[LayerDerivatives], delta: Tensor) -> Tensor:
         if beta is not None:
             delta = layer.slope * beta
         products.append(delta.mT @ layer.inputs)
-        beta = _with_skip(layer.skip, delta @ layer.weight, beta)
-    return _flatten(layers, products[::-1])
+        beta = with_skip(layer.skip, delta @ layer.weight, beta)
+    return flatten_blocks(layers, products[::-1])
 
 
 def count_state_weights(layers: Sequence[LayerDerivatives]) -> float:
