@@ -17,23 +17,21 @@ import pickle
 import subprocess
 import sys
 import weakref
-from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import hessian
-import hessian_carried
-import hessian_costs
-import hessian_factorization
-import hessian_linear_algebra
+from _hessian import carried_pivots, costs, symmetric_factor
+from _hessian.costs import count_operations, shapes_of_layers
+from _hessian.factorization import Settings
+from _hessian.refinement import spectral_norm, unit_columns
+from _hessian.symmetric_factor import factor_symmetric, mirror, subtract_gram
 from hessian import (
     ACTIVATIONS,
     DeepMLPWithTracking,
@@ -44,9 +42,6 @@ from hessian import (
     hessian_inverse_vector_product,
     hessian_vector_product,
 )
-from hessian_costs import count_operations, shapes_of_layers
-from hessian_linear_algebra import factor_symmetric, mirror, spectral_norm, subtract_gram, unit_columns
-from hessian_pairs import Pair
 
 HERE = Path(__file__).resolve().parent
 DAMPINGS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)
@@ -233,7 +228,7 @@ def counted_operations(work) -> int:
         "syconv": lambda *_, **__: 0,
         "laswp": lambda *_, **__: 0,
     }
-    kernel, count = hessian_linear_algebra._lapack, 0
+    kernel, count = symmetric_factor._lapack, 0
 
     def counting(name, like):
         def call(*args, **kwargs):
@@ -244,7 +239,7 @@ def counted_operations(work) -> int:
         return call
 
     with (
-        mock.patch.object(hessian_linear_algebra, "_lapack", counting),
+        mock.patch.object(symmetric_factor, "_lapack", counting),
         FlopCounterMode(display=False, custom_mapping=by_torch) as counter,
     ):
         work()
@@ -260,7 +255,7 @@ def operations_at_depth(num_layers: int, batch: int = 5, width: int = 7, damping
         assert factorization.is_positive_definite  # otherwise a failed Cholesky would be counted as a whole one
         factorization.solve(v, rtol=None)
 
-    with mock.patch.object(hessian_linear_algebra, "BLOCK", 1):  # small beside the matrices, as it is in large nets
+    with mock.patch.object(symmetric_factor, "BLOCK", 1):  # small beside the matrices, as it is in large nets
         return counted_operations(work)
 
 
@@ -346,7 +341,7 @@ def test_numerical_stability_at_scale(scale):
         for layer in compute_layer_derivatives(model)
     ]
     for route in ("sweep", "dense"):
-        scaled = hessian._factorize(tuple(layers), (0.1 * scale,) * 4, "hessian", route)
+        scaled = hessian._factorize(tuple(layers), Settings((0.1 * scale,) * 4, route=route))
         assert relative(scaled.solve(scale * v) - reference, reference) <= 1e-10
         A = scale * (H + 0.1 * torch.eye(len(v), dtype=torch.float64))
         assert relative(A @ scaled.solve(v) - v, v) <= max(10 * dense_residual(A, v), 1e-13)
@@ -572,8 +567,8 @@ def test_many_class_split():
 @pytest.mark.parametrize("growth", [1e3, 1.0, 0.0])
 def test_blocks(growth, monkeypatch):
     """Several diagonal blocks, which small nets don't reach otherwise, and pivots from all that is left of them."""
-    monkeypatch.setattr(hessian_linear_algebra, "BLOCK", 4)
-    monkeypatch.setattr(hessian_linear_algebra, "_PIVOT_GROWTH", (0.0, growth))
+    monkeypatch.setattr(symmetric_factor, "BLOCK", 4)
+    monkeypatch.setattr(symmetric_factor, "_PIVOT_GROWTH", (0.0, growth))
     for case in (Case((6, 4, 7), 3), Case((5, 5, 4), 9, residual=True)):
         model, loss = tracked_loss(case)
         v = random_vector(num_parameters(model), 3)
@@ -581,126 +576,6 @@ def test_blocks(growth, monkeypatch):
         assert float(f.residual(f.solve(v, rtol=None), v).max()) <= 1e-10
         H = dense_hessian(case)
         assert f.num_negative_eigenvalues == (torch.linalg.eigvalsh(H) < -0.1).sum() > 0
-
-
-def fractions(x: Tensor | Pair) -> np.ndarray:
-    """The same numbers, exactly."""
-    if isinstance(x, Pair):
-        return fractions(x.high) + fractions(x.low)
-    return np.vectorize(Fraction, otypes=[object])(x.numpy())
-
-
-def test_pairs_against_fractions():
-    """Entries over twelve decades that cancel, against exact arithmetic; also where all are tiny, or zero."""
-    generator = torch.Generator().manual_seed(0)
-
-    def numbers(*shape: int) -> Tensor:
-        digits = torch.randn(*shape, generator=generator, dtype=torch.float64)
-        return digits * 10 ** torch.randint(-6, 7, shape, generator=generator).double()
-
-    for scale in (1.0, 1e-120):
-        A, B, C = scale * numbers(2, 5, 9), numbers(9, 4), numbers(2, 5, 9)
-        A[0, 0], B[0] = 0, 0
-        A[1, :, -1] = -A[1, :, :-1].sum(1)
-        a = Pair(A, A * torch.rand(A.shape, generator=generator, dtype=torch.float64) * 2**-54)
-        exact, of_B, of_C = fractions(a), fractions(B), fractions(C)
-        products = [a @ B, (B.mT @ a.mT).mT]
-        largest = abs(exact).max(-1, keepdims=True)
-        found = [(x, exact @ of_B, largest * abs(of_B).max(0), 2.0**-70) for x in products]
-        found += [(x, exact @ of_B, abs(exact) @ abs(of_B), 2.0**-50) for x in products]
-        found.append((a.sum(-1, keepdim=True), exact.sum(-1, keepdims=True), largest, 2.0**-70))
-        divisor = Pair.of(C) + C * 2**-55
-        accurate = [
-            (a * C, exact * of_C),
-            (C * a, exact * of_C),
-            (0.3 * a, exact * Fraction(0.3)),
-            (a / divisor, exact / fractions(divisor)),
-        ]
-        accurate += [(a + a * C, exact + fractions(a * C)), (C - a, of_C - exact), (a - C, exact - of_C)]
-        found += [(x, y, abs(y), 2.0**-98) for x, y in accurate]
-        part = Pair(A.clone(), a.low.clone())
-        part[:, :, :3] += C[:, :, :3]
-        expected = exact.copy()
-        expected[:, :, :3] += of_C[:, :, :3]
-        found.append((part, expected, abs(expected), 2.0**-98))
-        for x, y, size, tolerance in found:
-            assert (abs(fractions(x) - y) <= Fraction(tolerance) * size).all()
-            assert (x.high + x.low == x.high).all()
-
-
-def exact_product(layers: Sequence[hessian.LayerDerivatives], v: Tensor) -> np.ndarray:
-    """H v (P,) for v (P, 1) in fractions, of what the derivatives are in float64."""
-    X, t, tangents, products, back = [fractions(x[0]) for x in hessian._blocks(layers, v)], None, [], [], None
-    numbers = [{name: fractions(x) for name, x in y._asdict().items() if isinstance(x, Tensor)} for y in layers]
-    for layer, x, n in zip(layers, X, numbers, strict=True):
-        s = n["inputs"] @ x.T + (0 if t is None else t @ n["weight"].T)
-        tangents.append((s, t))
-        t = n["slope"] * s + (t if layer.skip and t is not None else 0)
-    for layer, x, n, (s, t) in zip(layers[::-1], X[::-1], numbers[::-1], tangents[::-1], strict=True):
-        if layer.output is None:
-            change = n["slope"] * back + n["curvature"] * s
-        else:
-            d = fractions(layer.output.diagonal)
-            mean = (d * s).sum(1, keepdims=True) / d.sum(1, keepdims=True) if layer.output.zero_sum else 0
-            change = d * (s - mean)
-        product, width = change.T @ n["inputs"], n["weight"].shape[1]
-        if t is not None:
-            product[:, :width] += n["adjoint"].T @ t
-        products = [product[:, :width].ravel(), product[:, width:].ravel(), *products]
-        back = change @ n["weight"] + n["adjoint"] @ x[:, :width] + (back if layer.skip else 0)
-    return np.concatenate(products)
-
-
-@pytest.mark.parametrize("mu, curvature", [(0.0, "hessian"), (0.3, "hessian"), (0.0, "gauss_newton")])
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case((), 4),
-        Case((6, 4, 7), 6),
-        Case((6, 4, 7), 3, "gelu", bias=False),
-        Case((4, 5), 3, soft=True),
-        Case((5, 5, 4, 4), 3, residual=True),
-        Case((5, 5, 4), 3, "softplus", "mse", residual=True),
-    ],
-    ids=case_id,
-)
-def test_products_in_pairs_against_fractions(case, mu, curvature):
-    model, _ = tracked_loss(case)
-    layers = hessian._modified(compute_layer_derivatives(model), curvature, mu)
-    v = random_vector(num_parameters(model), 1)
-    product, plain, exact = hessian._product_in_pairs(layers, v), hessian._product(layers, v), exact_product(layers, v)
-    size = max(abs(exact))
-    assert max(abs(fractions(product)[:, 0] - exact)) <= Fraction(1e-21) * size
-    assert Fraction(1e-18) * size < max(abs(fractions(plain)[:, 0] - exact)) < Fraction(1e-14) * size
-
-
-def test_residuals_that_float64_products_cannot_tell():
-    """εs that leave an eigenvalue of 1e-8: float64's own residual stalls above rtol, and by pairs x meets it."""
-    case = Case((7,) * 24, 5, residual=True, inputs=6)
-    model, loss = tracked_loss(case)
-    H = hessian_vector_product(model, loss, torch.eye(num_parameters(model), dtype=torch.float64))
-    gap = 1e-8 * torch.linalg.matrix_norm(H, 2).item()
-    f = factorize_hessian(model, loss, gap - torch.linalg.eigvalsh(H)[0].item(), route="sweep")
-    v = random_vector(f.num_parameters)
-    stalled = f._refined(v[:, None], 1e-16).residual.item()
-    told = hessian_linear_algebra.refine(
-        f._product, f._direct, v[:, None], 1e-16, residual_of=f._residual
-    ).residual.item()
-    assert told < 0.3 * stalled
-    rtol = math.sqrt(told * stalled)
-    x = f.solve(v, rtol=rtol)
-    residual = fractions(v) - exact_product(f._layers, x[:, None]) - Fraction(f.damping) * fractions(x)
-    norm = math.sqrt(sum(residual**2)) / v.norm().item()
-    assert norm <= rtol and f.residual(x, v).item() == pytest.approx(norm)
-    w = torch.cat([v[:, None], f._product(random_vector(f.num_parameters, 1))], 1)  # the second needs none of it
-    both, seen = f.solve(w, rtol=rtol), []
-    assert (f.residual(both, w) <= rtol).all()
-    residual_of = type(f)._residual
-    with mock.patch.object(type(f), "_residual", lambda f, v, x: seen.append(v.shape[1]) or residual_of(f, v, x)):
-        f.solve(w, rtol=rtol)
-    assert set(seen) == {1}
-    with mock.patch.object(hessian_factorization, "_WITHIN_ROUNDING", 1.0), pytest.raises(SingularHessianError):
-        f.solve(v, rtol=rtol)
 
 
 def test_scale_of_the_right_hand_side():
@@ -763,8 +638,8 @@ def test_well_fitted_batches_keep_their_digits():
 @pytest.mark.parametrize("block, growth", [(128, 1e3), (7, 1.0), (7, 0.1), (1, 1.0)])
 def test_symmetric_factor(block, growth, monkeypatch):
     """G = F Σ Fᵀ with interchanges, 2 × 2 pivots and blocks, against eigenvalues; an exactly singular G gives None."""
-    monkeypatch.setattr(hessian_linear_algebra, "BLOCK", block)
-    monkeypatch.setattr(hessian_linear_algebra, "_PIVOT_GROWTH", (growth, growth))
+    monkeypatch.setattr(symmetric_factor, "BLOCK", block)
+    monkeypatch.setattr(symmetric_factor, "_PIVOT_GROWTH", (growth, growth))
     for m in (1, 2, 3, 17, 64, 129):
         M = random_vector(m, m, seed=m)
         for G in (M + M.T, M @ M.T, -(M @ M.T), torch.block_diag(M @ M.T, -M - M.T)):
@@ -786,7 +661,7 @@ def test_symmetric_factor(block, growth, monkeypatch):
 
 def test_blocks_that_are_nearly_singular_are_not_eliminated_alone(monkeypatch):
     """[[δ, B], [Bᵀ, 0]]: no eigenvalue is small, but a block's own pivots are δ, whose elimination adds BᵀB/δ."""
-    monkeypatch.setattr(hessian_linear_algebra, "BLOCK", 4)
+    monkeypatch.setattr(symmetric_factor, "BLOCK", 4)
     B = torch.linalg.qr(random_vector(12, 12)).Q
     for delta in (0.0, 1e-14, -1e-14):
         G = torch.zeros(24, 24, dtype=torch.float64)
@@ -815,7 +690,7 @@ def test_cost_to_go_is_symmetric(n):
 def test_one_block_with_interchanges(monkeypatch):
     """A row more than a block, the last of them in a 2 × 2 pivot, and no pivot in the block alone: one block, whose
     rows are not in order."""
-    monkeypatch.setattr(hessian_linear_algebra, "BLOCK", 4)
+    monkeypatch.setattr(symmetric_factor, "BLOCK", 4)
     found = 0
     for seed in range(40):
         G = random_vector(5, 5, seed=seed)
@@ -836,19 +711,19 @@ def test_one_block_with_interchanges(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_interchanges_are_those_of_lapack(block, dtype, monkeypatch):
     """L, its rows in order, and D's off-diagonals: bit for bit what LAPACK's syconv makes of the same factor."""
-    monkeypatch.setattr(hessian_linear_algebra, "BLOCK", block)
+    monkeypatch.setattr(symmetric_factor, "BLOCK", block)
     for m, diagonal in ((2, 0.0), (33, 1.0), (64, 0.0), (65, 3.0)):
         G = random_vector(m, m, seed=m).to(dtype)
         G = G + G.mT
         G.diagonal().mul_(diagonal)  # 0: many pivots are 2 × 2
-        sytrf, syconv = (hessian_linear_algebra._lapack(name, G.numpy()) for name in ("sytrf", "syconv"))
+        sytrf, syconv = (symmetric_factor._lapack(name, G.numpy()) for name in ("sytrf", "syconv"))
         packed, pivots, _ = sytrf(G.numpy(), lower=1)
         expected, below, _ = syconv(packed, pivots, lower=1, way=0)
         first = (pivots < 0).nonzero()[0][::2]
         interchanges = abs(pivots) - 1
         interchanges[first] = first
         lower = packed.copy(order="F")
-        found = hessian_linear_algebra._converted(lower, first, interchanges)
+        found = symmetric_factor._converted(lower, first, interchanges)
         assert len(first) > m // 8 or diagonal
         assert (found == below).all() and (torch.tensor(lower - expected).tril() == 0).all()
 
@@ -865,7 +740,7 @@ def test_float32_factor_is_as_good_as_lu():
 
 def test_growth_is_allowed_where_the_damping_hides_its_rounding(monkeypatch):
     """The same matrix with blocks, and at a small damping with pivots from all of it."""
-    monkeypatch.setattr(hessian_linear_algebra, "BLOCK", 8)
+    monkeypatch.setattr(symmetric_factor, "BLOCK", 8)
     M = random_vector(32, 32)
     assert factor_symmetric(M + M.T, 1.0).order is None
     assert factor_symmetric(M + M.T, 1e-8).order is not None
@@ -1030,7 +905,9 @@ def test_routes_are_chosen_by_counted_operations():
         estimate = count_operations(shapes_of_layers(layers), case.batch)
         for name in ("sweep", "dense"):
             epsilons = (1e3,) * len(layers)  # positive definite: no failed Cholesky is counted
-            counted = counted_operations(lambda n=name, e=epsilons, x=layers: hessian._factorize(x, e, "hessian", n))
+            counted = counted_operations(
+                lambda n=name, e=epsilons, x=layers: hessian._factorize(x, Settings(e, route=n))
+            )
             assert estimate[name] == pytest.approx(counted, rel=0.15), name
 
 
@@ -1300,7 +1177,7 @@ def test_singular_systems_raise():
     few, tracked = tracked_loss(UNCARRIED)
     w = random_vector(num_parameters(few))
     with (
-        mock.patch.object(hessian_carried, "_GROWTH", math.inf),
+        mock.patch.object(carried_pivots, "_GROWTH", math.inf),
         pytest.raises(SingularHessianError, match="route='dense'"),
     ):
         factorize_hessian(few, tracked, 1e-8, route="sweep").solve(w, rtol=1e-7)
@@ -1377,7 +1254,7 @@ def test_natural_scales(batch, residual):
     model, x, y = Case((6, 4, 4, 7), batch, residual=residual).build()
     model(x, y, track_activations=True)
     layers = compute_layer_derivatives(model)
-    formed = hessian_carried.form(layers)
+    formed = carried_pivots.prepare(layers)
     pairs = list(zip(layers, formed.reduced, strict=True))
     couplings = [(layer.adjoint.abs().max() / reduced.rows.abs().max()).item() for layer, reduced in pairs]
     assert formed.scales[0] == 0.0
@@ -1408,7 +1285,7 @@ def test_carried_pivots_are_needed():
     v = random_vector(num_parameters(model))
     H = hessian_vector_product(model, loss, torch.eye(len(v), dtype=torch.float64))
     negative = int((torch.linalg.eigvalsh((H + H.T) / 2) < -1e-8).sum())
-    with mock.patch.object(hessian_carried, "_GROWTH", math.inf):
+    with mock.patch.object(carried_pivots, "_GROWTH", math.inf):
         plain = factorize_hessian(model, loss, 1e-8, route="sweep")
     with pytest.raises(SingularHessianError):
         plain.solve(v, rtol=1e-2)
@@ -1465,7 +1342,7 @@ def test_another_damping_costs_what_depends_on_it():
     for route, curvature, size in (("dense", "hessian", num_parameters(model)), ("gram", "gauss_newton", 2 * 5)):
         f = factorize_hessian(model, loss, 1e6, route=route, curvature=curvature)
         again = counted_operations(lambda f=f: f.with_damping(1e5))
-        assert again == pytest.approx(hessian_costs.factor_operations(size), rel=0.05)
+        assert again == pytest.approx(costs.factor_operations(size), rel=0.05)
     f = factorize_hessian(model, loss, 1e6, route="sweep")
     with mock.patch.object(torch.linalg, "qr", side_effect=AssertionError):
         again = counted_operations(lambda: f.with_damping(1e5))
@@ -1506,8 +1383,8 @@ def test_mixed_precision_is_decided_by_a_trial():
     assert redone.precision == "float64"
     # what overflows in float32
     layers = tuple(x._replace(weight=1e30 * x.weight) for x in compute_layer_derivatives(model))
-    assert hessian._factorize(layers, 0.1, "hessian", "sweep", precision="mixed").precision == "float64"
-    with mock.patch.object(hessian.HessianFactorization, "_probe", lambda self: True):
+    assert hessian._factorize(layers, Settings(0.1, route="sweep", precision="mixed")).precision == "float64"
+    with mock.patch.object(hessian.HessianFactorization, "_float32_suffices", lambda self: True):
         poor = factorize_hessian(model, loss, 1e-8, route="sweep", precision="mixed")
     with pytest.raises(SingularHessianError, match="precision='float64'"):
         poor.solve(v, rtol=1e-6)
@@ -1637,7 +1514,7 @@ def test_overflow_raises_on_every_route(route):
     layers = tuple(x._replace(inputs=1e160 * x.inputs) for x in compute_layer_derivatives(model))
     for keep in ("solve", "inertia"):
         with pytest.raises(SingularHessianError):
-            hessian._factorize(layers, 0.1, "hessian", route, keep=keep)
+            hessian._factorize(layers, Settings(0.1, route=route, keep=keep))
 
 
 def test_errors_of_trials_do_not_hide_the_error(monkeypatch):
@@ -1645,15 +1522,15 @@ def test_errors_of_trials_do_not_hide_the_error(monkeypatch):
     model, loss = tracked_loss(UNCARRIED)
     v = random_vector(num_parameters(model))
     f = factorize_hessian(model, loss, 1e-8, route="sweep")
-    monkeypatch.setattr(hessian_costs, "free_bytes", lambda device: 1.0)
+    monkeypatch.setattr(costs, "free_bytes", lambda device: 1.0)
     with pytest.raises(SingularHessianError, match="Pass another damping"):
         f.solve(v, rtol=1e-14)
 
 
 def test_what_does_not_fit_is_refused_before_it_starts(monkeypatch):
     model, loss = tracked_loss(Case((32,) * 8, 16, inputs=32))
-    costs = estimate_cost(model, 16)
-    monkeypatch.setattr(hessian_costs, "free_bytes", lambda device: 0.9 * costs["sweep"].bytes)
+    estimates = estimate_cost(model, 16)
+    monkeypatch.setattr(costs, "free_bytes", lambda device: 0.9 * estimates["sweep"].bytes)
     with mock.patch.object(hessian, "_Sweep", side_effect=AssertionError("it started")):
         with pytest.raises(MemoryError, match="What fits") as caught:
             factorize_hessian(model, loss, 0.1, route="sweep")
@@ -1664,11 +1541,11 @@ def test_what_does_not_fit_is_refused_before_it_starts(monkeypatch):
     # H that is there already is not charged again
     small, tracked = tracked_loss(Case((6, 4), 30))
     f = factorize_hessian(small, tracked, 0.1, route="dense")
-    monkeypatch.setattr(hessian_costs, "free_bytes", lambda device: 0.6 * estimate_cost(small, 30)["dense"].bytes)
+    monkeypatch.setattr(costs, "free_bytes", lambda device: 0.6 * estimate_cost(small, 30)["dense"].bytes)
     f.with_damping(0.2)
     with pytest.raises(MemoryError):
         factorize_hessian(small, tracked, 0.2, route="dense")
-    monkeypatch.setattr(hessian_costs, "free_bytes", lambda device: 1.0)
+    monkeypatch.setattr(costs, "free_bytes", lambda device: 1.0)
     with pytest.raises(MemoryError, match="Narrower layers"):
         factorize_hessian(model, loss, 0.1, route="sweep")
 
