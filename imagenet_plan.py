@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +21,15 @@ from imagenet_runtime import RunError, World
 from newton import DampedNewton, StepCost
 
 
-def training_bytes(args: argparse.Namespace, num_parameters: int, ranks: int) -> int:
-    """Of the plain steps: weights, gradients, momentum (and what is exchanged), the batches that wait as bytes, and the
-    present one as numbers."""
+def training_bytes(args: argparse.Namespace, num_classes: int, ranks: int) -> int:
+    """The bytes of a plain step: weights, gradients, momentum, the ranks' exchange, and the batches.
+
+    Batches wait as bytes, and the present one is numbers. Takes no time, however large the network.
+    """
     number = 8 if args.precision == "float64" else 4
+    widths = (input_dim(args), *[args.hidden_dim] * min(args.num_layers - 1, 2), num_classes)
+    num_parameters = sum((inputs + 1) * outputs for inputs, outputs in pairwise(widths))
+    num_parameters += max(args.num_layers - 3, 0) * (args.hidden_dim + 1) * args.hidden_dim
     images = args.batch_size // ranks * input_dim(args)
     waiting = 2 * args.num_workers + 2
     return number * num_parameters * (3 + (ranks > 1)) + images * waiting + number * images
@@ -104,8 +110,9 @@ def sizes_of(args: argparse.Namespace) -> list[int]:
 def plan(args: argparse.Namespace, num_classes: int, machine: Machine, ranks: int) -> tuple[int | None, float]:
     """The largest sub-batch that memory and --hessian-seconds allow (at least 1, where memory allows that), and what
     the plain steps take; None where nothing fits."""
-    plain = training_bytes(args, sum(p.numel() for p in shape_of(args, num_classes).parameters()), ranks)
-    chosen = None
+    plain, chosen = training_bytes(args, num_classes, ranks), None
+    if plain > machine.memory:
+        return None, plain
     for k in sizes_of(args) if args.use_hessian else ():
         cost = step_cost(args, num_classes, k)
         slow = cost.seconds(machine.operations, machine.traffic) > args.hessian_seconds
@@ -125,11 +132,9 @@ def choose_by_cost(args: argparse.Namespace, world: World, num_classes: int) -> 
     """Set --hessian-batch-size where it was not given, and say what a step costs; RunError where memory forbids it."""
     machine = world.from_first(lambda: measure_machine(args, world.device))
     chosen, plain = plan(args, num_classes, machine, world.ranks)
+    if plain > machine.memory:
+        raise RunError(too_large("a plain step", plain, machine, what_fits(args, num_classes, machine, world.ranks)))
     if not args.use_hessian:
-        if plain > machine.memory:
-            raise RunError(
-                too_large("a plain step", plain, machine, what_fits(args, num_classes, machine, world.ranks))
-            )
         return
     asked = args.hessian_batch_size
     cost = step_cost(args, num_classes, asked or chosen or 1)

@@ -106,7 +106,7 @@ def end_of(folder: Path) -> dict:
         {name: value for name, value in row.items() if "seconds" not in name and "per_second" not in name}
         for row in state["progress"]["history"]
     ]
-    return {**{name: state[name] for name in ("model", "step", "random")}, "history": history}
+    return {**{name: state[name] for name in ("model", "step")}, "history": history}
 
 
 def jpeg(path: Path, rng: np.random.Generator, size: tuple[int, int] = (40, 30), mode: str = "RGB", **options) -> None:

@@ -15,8 +15,6 @@ and writes checkpoints, config.json, metrics.csv and curves.png to --checkpoint-
 after the present step, with a checkpoint.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import csv
@@ -25,16 +23,14 @@ import io
 import json
 import math
 import os
-import random
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -50,21 +46,29 @@ from imagenet_data import (
     Batch,
     Batches,
     DataError,
+    Images,
     available_cores,
     loader_of,
     open_data,
     standardized,
 )
-from imagenet_plan import build_model, choose_by_cost, print_estimates
+from imagenet_plan import build_model, choose_by_cost, print_estimates, shape_of
 from imagenet_runtime import (
     RunError,
     Signals,
     World,
+    check_equal_on_ranks,
+    check_like,
+    damage_named,
+    is_number,
     join_world,
+    latest_aside,
     latest_checkpoint,
-    random_states,
+    locked,
+    move_run_aside,
+    one_line,
     read_checkpoint,
-    set_random_states,
+    say,
     write_durably,
 )
 from newton import DampedNewton, StepReport
@@ -74,7 +78,7 @@ WARM_UP = 5 / 90  # of the epochs
 # what the state of a run means nothing without
 MUST_MATCH = (
     "num_layers", "hidden_dim", "num_classes", "image_size", "grayscale", "activation", "residual", "precision",
-    "use_hessian", "batch_size", "seed", "num_images", "ranks",
+    "use_hessian", "batch_size", "seed", "num_images", "image_files", "ranks",
 )  # fmt: skip
 
 CHANGES_NUMBERS = (
@@ -83,12 +87,19 @@ CHANGES_NUMBERS = (
 )  # fmt: skip
 
 
+# flags that describe the network; --evaluate takes them from the checkpoint
+NETWORK = ("num_layers", "hidden_dim", "image_size", "grayscale", "activation", "residual", "precision")
+LARGEST = 2**31  # integer flag
+SUMS = ("samples", "loss", "data", "forward", "hessian", "seconds")
+NO_NEWTON_STEP = {"method": "", "damping": 0.0, "length": 0.0, "accepted": False}
+
+
 class NotFiniteError(Exception):
     """The loss of a batch is NaN or infinite."""
 
 
 class Stopped(Exception):
-    """By a signal, after a checkpoint."""
+    """A signal ended the run."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -106,16 +117,20 @@ class Step(NamedTuple):
     report: StepReport | None = None
 
 
-def checked_loss(total: float, samples: float) -> float:
-    if not samples:
-        raise RunError("a whole batch could not be read: see the warnings above")
-    if not math.isfinite(total):
+def checked(loss: float) -> float:
+    if not math.isfinite(loss):
         raise NotFiniteError
-    return total / samples
+    return loss
+
+
+def sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """The ranks' gradients are summed. (The default, their mean, would need a loss that is larger by their number, and
+    that overflows in fp16.)"""
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 
 
 class PlainStep:
-    """SGD with momentum, each rank's gradient weighted by its share of the samples."""
+    """SGD with momentum. Each rank's loss is weighted by its share of the samples, and the gradients are summed."""
 
     def __init__(
         self, model: DeepMLPWithTracking, world: World, args: argparse.Namespace, rate: Callable[[int], float]
@@ -123,7 +138,10 @@ class PlainStep:
         self.world, self.args, self.rate = world, args, rate
         ids = [world.device] if world.device.type == "cuda" else None
         self.model = model
-        self.shared = DistributedDataParallel(model, device_ids=ids) if world.ranks > 1 else model
+        self.shared: torch.nn.Module = model
+        if world.ranks > 1:
+            self.shared = DistributedDataParallel(model, device_ids=ids)
+            self.shared.register_comm_hook(None, sum_gradients)
         self.optimizer = torch.optim.SGD(model.parameters(), args.lr, MOMENTUM, weight_decay=args.weight_decay)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=args.amp == "fp16")
         self.autocast = autocast_of(args, world.device)
@@ -136,10 +154,11 @@ class PlainStep:
         with self.autocast():
             loss = self.shared(x, y) if len(x) else 0.0 * self.shared(x.new_zeros(1, self.model.input_dim)).sum()
         samples, total = self.world.sum(len(x), len(x) * loss.item())
-        mean, forward = checked_loss(total, samples), time.perf_counter() - began
-        if self.world.ranks > 1:  # the ranks' gradients are averaged
-            loss = loss * (len(x) * self.world.ranks / samples)
-        self.scaler.scale(loss).backward()
+        forward = time.perf_counter() - began
+        if not samples:
+            return Step(0, 0.0, forward)
+        mean = checked(total / samples)
+        self.scaler.scale(loss * (len(x) / samples)).backward()
         if self.args.clip_grad_norm:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad_norm)
@@ -151,8 +170,12 @@ class PlainStep:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        if momenta := state["optimizer"]["state"]:  # none before the first step
+            own = {index: {"momentum_buffer": p} for index, p in enumerate(self.model.parameters())}
+            check_like(momenta, own, "optimizer")
         load_numbers(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:
+            check_like(state["scaler"], self.scaler.state_dict(), "scaler")
             self.scaler.load_state_dict(state["scaler"])
 
 
@@ -171,17 +194,19 @@ class NewtonStep:
             return self.plain(x, y, number)
         began = time.perf_counter()
         x, y = self.world.gather(x), self.world.gather(y)
-        forward = loss = report = None
+        loss = forward = 0.0
+        report = None
+        if not len(x):
+            return Step(0, loss, forward)
 
         def closure() -> Tensor:
             nonlocal forward, loss
             tracked = self.plain.model(x, y, track_activations=True)
-            loss = checked_loss(tracked.item() * len(x), len(x))
+            loss = checked(tracked.item())
             forward = time.perf_counter() - began
             return tracked
 
         if self.world.first:
-            checked_loss(0.0, len(x))
             self.newton.step(closure)
             report = self.newton.report
         if self.world.ranks > 1:
@@ -196,6 +221,13 @@ class NewtonStep:
 
     def load_state_dict(self, state: dict) -> None:
         self.plain.load_state_dict(state["plain"])
+        own, saved = self.newton.state_dict()["state"][0], state["newton"]["state"][0]
+        size = sum(p.numel() for p in self.plain.model.parameters())
+        for name in saved.keys() | own.keys():
+            if name in own:
+                check_like(saved[name], own[name], f"newton: {name}")
+            elif isinstance(saved[name], Tensor):  # a step
+                check_like(saved[name], next(self.plain.model.parameters()).new_empty(size), f"newton: {name}")
         load_numbers(self.newton, state["newton"])
 
     def set_damping(self, damping: float) -> None:
@@ -207,6 +239,8 @@ class NewtonStep:
 def load_numbers(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """The optimizer's state, with the options of this run's flags; the rate is set by each step."""
     own = ("params", "lr")
+    if [group["params"] for group in state["param_groups"]] != [list(range(len(optimizer.param_groups[0]["params"])))]:
+        raise ValueError("the optimizer has other parameters")
     options = [{name: value for name, value in group.items() if name not in own} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, flags in zip(optimizer.param_groups, options, strict=True):
@@ -238,25 +272,56 @@ def rate_of(args: argparse.Namespace, steps_per_epoch: int) -> Callable[[int], f
 # -------------------------------------------------------------------------------------------------- checkpoints
 
 
+class Row(NamedTuple):
+    """A line of metrics.csv."""
+
+    epoch: int
+    train_loss: float
+    val_loss: float
+    top1: float  # %
+    top5: float
+    rate: float
+    damping: float | str
+    length: float | str
+    negative_eigenvalues: int | str  # of H + λD; known where it was factorized
+    images_per_second: float
+    seconds: float
+    data_seconds: float
+    forward_seconds: float
+    hessian_seconds: float
+
+
 @dataclass
 class Progress:
-    """Where the run is, and all that it says about itself."""
+    """Where the run is, and what it has measured."""
 
     epoch: int = 0
-    batch: int = 0  # the next one; the number of batches where only validation is left
-    sums: dict[str, float] = field(default_factory=dict)  # over the present epoch
-    newton: dict[str, float] = field(default_factory=dict)  # of the last Newton step
-    history: list[dict] = field(default_factory=list)  # one row of metrics.csv an epoch
+    batch: int = 0  # the next one; the number of batches if only validation is left
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SUMS, 0.0))  # over the present epoch
+    newton: dict[str, Any] = field(default_factory=lambda: dict(NO_NEWTON_STEP))  # the last Newton step
+    history: list[dict[str, Any]] = field(default_factory=list)  # a Row for each epoch
     best: float = -1.0  # validation top-1
     bad: list[str] = field(default_factory=list)  # files that could not be read
 
-    def add(self, **values: float) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+    @classmethod
+    def restored(cls, saved: dict[str, Any], num_batches: int) -> "Progress":
+        """The progress in a checkpoint; ValueError if it is damaged."""
+        rows = saved["history"]
+        check_like({**saved, "history": []}, asdict(cls()), "progress")
+        if not (saved["epoch"] == len(rows) and 0 <= saved["batch"] <= num_batches):
+            raise ValueError(f"epoch {saved['epoch']}, batch {saved['batch']} of {num_batches}, history {len(rows)}")
+        for row in rows:
+            if tuple(row) != Row._fields or not all(is_number(value) or value == "" for value in row.values()):
+                raise ValueError("a row of the history is damaged")
+        return cls(**saved)
 
 
 def check_config(state: dict, config: dict, world: World) -> None:
+    """RunError if the checkpoint is of another run; a warning for each difference that changes numbers."""
     saved = state["config"]
+    for name in (*MUST_MATCH, *CHANGES_NUMBERS):
+        if name not in saved:
+            raise ValueError(f"its config has no {name}")
     different = [name for name in MUST_MATCH if saved[name] != config[name]]
     if different:
         listed = ", ".join(f"{name} {saved[name]} there and {config[name]} here" for name in different)
@@ -280,6 +345,8 @@ class Run:
     val_loader: DataLoader
     rate: Callable[[int], float]
     signals: Signals
+    classes: list[str]
+    unsaved: bool = False  # a step was taken since the last checkpoint
     progress: Progress = field(default_factory=Progress)
     saved_at: float = field(default_factory=time.monotonic)
 
@@ -294,23 +361,25 @@ class Run:
     def state(self) -> dict:
         return {
             "config": self.config,
+            "classes": self.classes,
             "model": self.model.state_dict(),
             "step": self.step.state_dict(),
             "progress": asdict(self.progress),
-            "random": random_states(),
         }
 
     def load(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.step.load_state_dict(state["step"])
-        if isinstance(self.step, NewtonStep) and self.args.damping != state["config"]["damping"]:
-            self.step.set_damping(self.args.damping)
-        self.progress = Progress(**state["progress"])
-        set_random_states(state["random"])
+        """Go on from a checkpoint; RunError if it is damaged."""
+        with damage_named(state["path"]):
+            check_like(state["model"], self.model.state_dict(), "model")
+            self.model.load_state_dict(state["model"])
+            self.step.load_state_dict(state["step"])
+            if isinstance(self.step, NewtonStep) and self.args.damping != state["config"]["damping"]:
+                self.step.set_damping(self.args.damping)
+            self.progress = Progress.restored(state["progress"], len(self.batches))
 
     def save(self, best: bool = False) -> None:
-        """By the first rank, which knows everything."""
-        self.saved_at = time.monotonic()
+        """Write last.pt and config.json, by the first rank."""
+        self.saved_at, self.unsaved = time.monotonic(), False
         if not self.world.first:
             return
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
@@ -319,6 +388,13 @@ class Run:
         write_durably(self.folder / "last.pt", lambda file: torch.save(state, file), self.folder / "previous.pt")
         if best:
             write_durably(self.folder / "best.pt", lambda file: torch.save(state, file))
+        write_durably(self.folder / "config.json", json.dumps(self.config, indent=1).encode())
+
+    def stop(self, number: int) -> NoReturn:
+        """End after a signal, with a checkpoint if a step was taken since the last one."""
+        if self.unsaved:
+            self.save()
+        raise Stopped(number)
 
     def heed(self, batch: Batch) -> int:
         """What the ranks must agree on after each batch: files that can't be read, and the signal that came, or 0."""
@@ -373,20 +449,17 @@ def train_epoch(run: Run) -> None:
             raise RunError(not_finite(run, batch)) from error
         number = run.heed(batch)
         progress.batch += 1
-        progress.add(
-            samples=done.samples,
-            loss=done.loss * done.samples,
-            data=began - ended,
-            forward=done.forward_seconds,
-            hessian=done.hessian_seconds,
-            seconds=time.perf_counter() - ended,
-        )
+        run.unsaved |= done.samples > 0
+        seconds = time.perf_counter() - ended
+        loss = done.loss * done.samples
+        values = (done.samples, loss, began - ended, done.forward_seconds, done.hessian_seconds, seconds)
+        for name, value in zip(SUMS, values, strict=True):
+            progress.sums[name] = progress.sums.get(name, 0.0) + value
         if done.report:
-            progress.newton = {name: getattr(done.report, name) for name in ("method", "damping", "length", "accepted")}
+            progress.newton = {name: getattr(done.report, name) for name in NO_NEWTON_STEP}
         if number:
-            run.save()
-            raise Stopped(number)
-        if time.monotonic() - run.saved_at >= 60 * run.args.checkpoint_minutes:
+            run.stop(number)
+        if run.unsaved and time.monotonic() - run.saved_at >= 60 * run.args.checkpoint_minutes:
             run.save()
         ended = time.perf_counter()
 
@@ -420,8 +493,7 @@ def evaluate(run: Run) -> Scores:
             loss = F.cross_entropy(logits.double(), y, reduction="sum")
             sums += torch.stack([loss, (ranks < 1).sum(), (ranks < 5).sum(), torch.tensor(len(y))]).double().cpu()
         if number := run.heed(batch):
-            run.save()
-            raise Stopped(number)
+            run.stop(number)
     loss, top1, top5, count = run.world.sum(*sums.tolist())
     if not count:
         raise RunError("no validation image could be read: see the warnings above")
@@ -441,35 +513,37 @@ def check_equal_weights(run: Run) -> None:
 def finish_epoch(run: Run) -> None:
     """Validate, print the line, save."""
     check_equal_weights(run)
-    scores, progress, sums = evaluate(run), run.progress, run.progress.sums
-    exact = progress.newton.get("method") == "hessian" and progress.newton["accepted"]
-    progress.history.append(
-        {
-            "epoch": progress.epoch + 1,
-            "train_loss": sums["loss"] / sums["samples"],
-            "val_loss": scores.loss,
-            "top1": scores.top1,
-            "top5": scores.top5,
-            "rate": run.rate((progress.epoch + 1) * len(run.batches) - 1),
-            "damping": progress.newton.get("damping", ""),
-            "length": progress.newton.get("length", ""),
-            "negative_eigenvalues": 0 if exact else "",  # of H + λD: the factorization found it positive definite
-            "images_per_second": sums["samples"] / sums["seconds"],
-            "seconds": sums["seconds"],
-            "data_seconds": sums["data"],
-            "forward_seconds": sums["forward"],
-            "hessian_seconds": sums["hessian"],
-        }
+    progress, sums, newton = run.progress, run.progress.sums, run.progress.newton
+    if not sums["samples"]:
+        raise RunError("no training image could be read: see the warnings above")
+    scores = evaluate(run)
+    stepped = newton["method"] != ""
+    exact = newton["method"] == "hessian" and newton["accepted"]
+    row = Row(
+        epoch=progress.epoch + 1,
+        train_loss=sums["loss"] / sums["samples"],
+        val_loss=scores.loss,
+        top1=scores.top1,
+        top5=scores.top5,
+        rate=run.rate((progress.epoch + 1) * len(run.batches) - 1),
+        damping=newton["damping"] if stepped else "",
+        length=newton["length"] if stepped else "",
+        negative_eigenvalues=0 if exact else "",  # the factorization found it positive definite
+        images_per_second=sums["samples"] / sums["seconds"],
+        seconds=sums["seconds"],
+        data_seconds=sums["data"],
+        forward_seconds=sums["forward"],
+        hessian_seconds=sums["hessian"],
     )
+    progress.history.append(row._asdict())
     hessian = f" (Hessian: {sums['hessian']:.2f}s)" if run.args.use_hessian else ""
-    progress.epoch, progress.batch, progress.sums = progress.epoch + 1, 0, {}
-    best = scores.top1 > progress.best
+    progress.epoch, progress.batch, progress.sums = progress.epoch + 1, 0, dict.fromkeys(SUMS, 0.0)
+    # a run that goes on in another folder has no best.pt there yet
+    best = scores.top1 > progress.best or not (run.folder / "best.pt").exists()
     progress.best = max(progress.best, scores.top1)
     run.save(best)
-    row = progress.history[-1]
     run.world.say(
-        f"Epoch {row['epoch']}: Loss={row['train_loss']:.4f}, Acc={row['top1']:.2f}%, "
-        f"Time={row['seconds']:.2f}s{hessian}"
+        f"Epoch {row.epoch}: Loss={row.train_loss:.4f}, Acc={row.top1:.2f}%, Time={row.seconds:.2f}s{hessian}"
     )
     if run.world.first:
         write_metrics(run)
@@ -527,58 +601,111 @@ def build_step(args: argparse.Namespace, world: World, model: DeepMLPWithTrackin
     return NewtonStep(plain, newton, args.hessian_freq)
 
 
-def prepare_folder(args: argparse.Namespace) -> dict | None:
-    """The state to go on from; without --resume, a run that is in the way is moved aside, so that nothing is lost."""
+def find_checkpoint(args: argparse.Namespace) -> dict | None:
+    """The state to go on from, or None without --resume and before the first checkpoint."""
     folder = args.checkpoint_dir
     if args.resume is None:
-        if (folder / "last.pt").exists() or (folder / "previous.pt").exists():
-            aside = next(p for n in range(1, 10**6) if not (p := folder.with_name(f"{folder.name}.{n}")).exists())
-            os.replace(folder, aside)
-            print(f"{folder} held a run: it is in {aside} now. (--resume would have gone on with it.)", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
         return None
-    folder.mkdir(parents=True, exist_ok=True)
     if args.resume != "auto":
         return read_checkpoint(Path(args.resume))
     found = latest_checkpoint(folder)
     if found is None:
         if list(folder.glob("*.pt")):
             raise RunError(f"no checkpoint in {folder} is whole: start anew without --resume, which moves it aside")
-        print(f"no checkpoint in {folder} yet: starting from the beginning", flush=True)
+        aside = latest_aside(folder)
+        hint = f" (the last run that was moved aside goes on with --resume {aside})" if aside else ""
+        say(f"no checkpoint in {folder} yet: starting from the beginning{hint}")
     return found
+
+
+def take_folder(args: argparse.Namespace, state: dict | None) -> None:
+    """Move the run in the folder aside, unless this one goes on from its last checkpoint."""
+    last, source = args.checkpoint_dir / "last.pt", Path(state["path"]) if state else None
+    if source and args.resume == "auto" and source != last:
+        os.replace(source, last)  # last.pt is not whole, and would become previous.pt
+    elif source is None or source.resolve() != last.resolve():
+        move_run_aside(args.checkpoint_dir)
+
+
+def check_classes(state: dict, classes: list[str]) -> None:
+    """RunError if the classes are not those of the checkpoint."""
+    for index, (there, here) in enumerate(zip(state["classes"], classes, strict=False)):
+        if there != here:
+            raise RunError(
+                f"{state['path']} is of another data set: class {index} is {there!r} there and {here!r} here"
+            )
+    if len(state["classes"]) != len(classes):
+        raise RunError(f"{state['path']} knows {len(state['classes'])} classes, and the data has {len(classes)}")
+
+
+def chosen_before(state: dict, batch_size: int) -> int | None:
+    """The hessian_batch_size of the checkpoint."""
+    with damage_named(state["path"]):
+        size = state["config"]["hessian_batch_size"]
+        if size is not None:
+            check_like(size, 1, "hessian_batch_size")
+            if not 1 <= size <= max(batch_size, state["config"]["batch_size"]):
+                raise ValueError(f"hessian_batch_size is {size}")
+        return size
+
+
+def take_network(args: argparse.Namespace, state: dict) -> None:
+    """Set the flags that describe the network to those of the checkpoint, whose weights must fit them."""
+    config, weights = state["config"], state["model"]
+    for name in NETWORK:
+        check_like(config[name], getattr(args, name), name)
+        setattr(args, name, config[name])
+    for problem in problems(args):
+        raise ValueError(problem)
+    if args.activation not in ACTIVATIONS or args.precision not in ("float32", "float64"):
+        raise ValueError(f"activation {args.activation!r}, precision {args.precision!r}")
+    if len(weights) != 2 * args.num_layers:  # before a network of that many layers is built
+        raise ValueError(f"num_layers is {args.num_layers}, with {len(weights)} weights and biases")
+    check_like(weights, shape_of(args, config["num_classes"]).state_dict(), "model")
 
 
 def evaluate_checkpoint(args: argparse.Namespace, world: World, signals: Signals) -> None:
     path = args.checkpoint_dir / "best.pt" if args.evaluate == "best" else Path(args.evaluate)
     state = world.from_first(lambda: read_checkpoint(path))
-    for name in ("num_layers", "hidden_dim", "image_size", "grayscale", "activation", "residual", "precision"):
-        setattr(args, name, state["config"][name])
     args.use_hessian = False
+    with damage_named(path):
+        take_network(args, state)
     run = build_run(args, world, signals, open_data(args), None)
-    if run.config["num_classes"] != state["config"]["num_classes"]:
-        raise RunError(
-            f"{path} knows {state['config']['num_classes']} classes and {args.data_dir} has {run.config['num_classes']}"
-        )
+    check_classes(state, run.classes)
     run.model.load_state_dict(state["model"])
     scores = evaluate(run)
     world.say(f"{path}: Loss={scores.loss:.4f}, Top-1={scores.top1:.2f}%, Top-5={scores.top5:.2f}%")
 
 
+def identify(args: argparse.Namespace, train: Dataset, val: Dataset) -> tuple[list[str], str]:
+    """The names of the classes, and a digest of the names of all image files."""
+    if not (isinstance(train, Images) and isinstance(val, Images)):
+        return [f"{args.dummy_classes} generated classes"], "generated"
+    digest, root = hashlib.blake2b(digest_size=8), str(args.data_dir / "train").removesuffix("train")
+    for data in (train, val):
+        for path, _ in data.folder.samples:
+            digest.update(os.fsencode(path.removeprefix(root)) + b"\0")
+    return train.folder.classes, digest.hexdigest()
+
+
 def build_run(
     args: argparse.Namespace, world: World, signals: Signals, data: tuple[Dataset, Dataset, int], state: dict | None
 ) -> Run:
-    """Everything up to the first step, which what doesn't fit never takes."""
+    """Everything up to the first step; RunError if it would not fit into memory."""
     torch.manual_seed(args.seed)
-    np.random.seed(args.seed % 2**32)
-    random.seed(args.seed)
     train, val, num_classes = data
-    if state is not None and args.hessian_batch_size is None:
-        args.hessian_batch_size = state["config"]["hessian_batch_size"]
-    config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    config |= {"num_classes": num_classes, "num_images": len(train)}
+    classes, image_files = identify(args, train, val)
+    facts = {"num_classes": num_classes, "num_images": len(train), "image_files": image_files}
+    check_equal_on_ranks(world.objects(facts), "give every rank the same images")
+    if state is not None:
+        check_classes(state, classes)
+        if args.hessian_batch_size is None:
+            args.hessian_batch_size = chosen_before(state, args.batch_size)
+    config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()} | facts
     config |= {"ranks": world.ranks, "threads": torch.get_num_threads(), "torch": str(torch.__version__)}
     if state is not None:
-        check_config(state, config, world)
+        with damage_named(state["path"]):
+            check_config(state, config, world)
     choose_by_cost(args, world, num_classes)
     config["hessian_batch_size"] = args.hessian_batch_size
     model = build_model(args, num_classes).to(world.device)
@@ -590,7 +717,7 @@ def build_run(
         )
     ]
     rate = rate_of(args, len(loaders[0].batch_sampler))
-    return Run(args, config, world, model, build_step(args, world, model, rate), *loaders, rate, signals)
+    return Run(args, config, world, model, build_step(args, world, model, rate), *loaders, rate, signals, classes)
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -654,6 +781,9 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     for name in (*not_negative, "checkpoint_minutes"):
         if (value := getattr(args, name)) is not None and not 0 <= value < math.inf:
             yield f"--{name.replace('_', '-')} must be ≥ 0, got {value}"
+    for name, value in vars(args).items():
+        if isinstance(value, int) and abs(value) >= LARGEST:
+            yield f"--{name.replace('_', '-')} must be below {LARGEST}, got {value}"
     if (args.hessian_batch_size or 0) > args.batch_size:
         yield f"--hessian-batch-size {args.hessian_batch_size} is more than --batch-size {args.batch_size}"
     if args.amp and args.precision == "float64":
@@ -683,46 +813,50 @@ def train(args: argparse.Namespace, world: World, signals: Signals) -> None:
         return print_estimates(args, world)
     if args.evaluate:
         return evaluate_checkpoint(args, world, signals)
-    data = open_data(args)  # what is wrong with it is said before a run is moved aside
-    state = world.from_first(lambda: prepare_folder(args))
-    run = build_run(args, world, signals, data, state)
-    world.say(json.dumps(run.config))
-    if world.first:
-        write_durably(run.folder / "config.json", json.dumps(run.config, indent=1).encode())
-    if state is not None:
-        run.load(state)
-        world.say(f"going on from {state['path']}: epoch {run.progress.epoch + 1}, batch {run.progress.batch}")
-    while run.progress.epoch < args.epochs:
-        train_epoch(run)
-        finish_epoch(run)
-    world.say(f"Checkpoints, metrics.csv, curves.png: {run.folder}")
+    data = open_data(args)
+    with contextlib.ExitStack() as stack:
+        world.from_first(lambda: stack.enter_context(locked(args.checkpoint_dir)))
+        state = world.from_first(lambda: find_checkpoint(args))
+        run = build_run(args, world, signals, data, state)
+        if state is not None:
+            run.load(state)
+        world.from_first(lambda: take_folder(args, state))  # last: nothing is moved for a run that can't start
+        world.say(json.dumps(run.config))
+        if state is not None:
+            world.say(f"going on from {state['path']}: epoch {run.progress.epoch + 1}, batch {run.progress.batch}")
+        while run.progress.epoch < args.epochs:
+            train_epoch(run)
+            finish_epoch(run)
+        world.say(f"Checkpoints, metrics.csv, curves.png: {run.folder}")
 
 
-def known_failure(error: RuntimeError) -> str | None:
-    """What torch means by some of its RuntimeErrors, and what to do."""
-    said = str(error).splitlines()[0]
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in said:
+def known_failure(error: Exception) -> str | None:
+    """The line for an error of the system or one of torch's RuntimeErrors; None for a fault of this program."""
+    said = one_line(error)
+    memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if memory or "can't allocate memory" in said:
         return f"out of memory ({said}): pass a smaller --hessian-batch-size, --batch-size or --image-size; --resume"
     if "DataLoader worker" in said:
         return f"a process that decodes died ({said}): pass fewer --num-workers, and --resume"
-    if dist.is_initialized():
-        return f"rank {dist.get_rank()} lost the others: {said}"
+    if dist.is_initialized() or isinstance(error, dist.DistError):
+        return f"rank {os.environ.get('RANK', 0)} lost the others: {said}"
     return None
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        with Signals() as signals, join_world(args.device) as world:
+        with Signals() as signals, join_world(args.device, vars(args)) as world:
             train(args, world, signals)
     except Stopped as stop:
-        name = signal.Signals(stop.number).name
-        print(f"stopped by {name}: --resume goes on from {args.checkpoint_dir / 'last.pt'}", file=sys.stderr)
+        last = args.checkpoint_dir / "last.pt"
+        goes_on = f": --resume goes on from {last}" if last.exists() and not args.evaluate else ""
+        print(f"stopped by {signal.Signals(stop.number).name}{goes_on}", file=sys.stderr)
         return 128 + stop.number
-    except (RunError, DataError, OSError, MemoryError, torch.linalg.LinAlgError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (RunError, DataError, OSError, torch.linalg.LinAlgError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if (known := known_failure(error)) is None:
             raise
         print(f"error: {known}", file=sys.stderr)
