@@ -1,20 +1,20 @@
 """Solve (H + εI) x = v exactly, H the full Hessian of a deep network's loss.
 
-The loss of an L-layer network is the mean over a batch of N samples; its Hessian in all P parameters is
-P × P, symmetric, and indefinite almost everywhere. It is never formed. Along a change X_ℓ of every layer's
-weights, the pre-activations change to first order by s_ℓ and the activations by t_ℓ,
+The loss is the mean over a batch of N samples. H is P × P for P parameters, symmetric, and almost always indefinite. It
+is never formed. A change X_ℓ of every layer's weights changes the pre-activations to first order by s_ℓ and the
+activations by t_ℓ,
 
-    s_ℓ = z̃_{ℓ-1} X_ℓᵀ + t_{ℓ-1} W_ℓᵀ,    t_ℓ = φ′(h_ℓ) s_ℓ + σ_ℓ t_{ℓ-1},    t_0 = 0,
+    s_ℓ = z̃_{ℓ-1} X_ℓᵀ + t_{ℓ-1} W_ℓᵀ,    t_ℓ = φ′(h_ℓ) s_ℓ + σ_ℓ t_{ℓ-1},    t_0 = 0.
 
-and the second-order change of the loss is a quadratic in these, a sum over layers that couples neighbours only:
+The second-order change of the loss is a sum over layers, in which only neighbours are coupled:
 
     ⟨X, H X⟩ = ⟨s_L, Λ s_L⟩ + Σ_{ℓ<L} ⟨β_ℓ φ″(h_ℓ), s_ℓ²⟩ + 2 Σ_{ℓ>1} ⟨λ_ℓ, t_{ℓ-1} X_ℓ[:, :-1]ᵀ⟩.
 
-So (H + εI) x = v is a control problem with parameters as controls and activations as state, and a block
-tridiagonal system: one sweep from the last layer to the first eliminates layer after layer (a Riccati
-recursion), one sweep back gives x. Time and memory are linear in L.
+So (H + εI) x = v is block tridiagonal. It is a control problem: parameters are the controls, activations the state. One
+sweep from the last layer to the first eliminates layer after layer (a Riccati recursion); a sweep back gives x. Time
+and memory are linear in L.
 
-Notation (one letter, one meaning, here and in the code; the last column gives the source's names)
+Notation. One letter has one meaning, here and in the code; names in brackets are those of the source.
 
     N, L, C       samples of the batch, layers, classes
     a, d          width of layer ℓ; its inputs with the bias (d = a_{ℓ-1} + 1, or a_{ℓ-1} without bias)
@@ -25,41 +25,35 @@ Notation (one letter, one meaning, here and in the code; the last column gives t
     X  (a, d)     layer ℓ's block of the unknown x; V of the right-hand side
     J, A, S       Y ↦ R Yᵀ (D_x), t ↦ t Wᵀ (with φ′: ∇_z f), t ↦ λᵀ [t, 0] Q (D_D D_zx); all structured
 
-Reduced parameters. X acts on s through z̃ = R Qᵀ only, of rank r ≤ min(N, d): X = Y Qᵀ + X⊥, X⊥Q = 0, and X⊥
-meets nothing but ε and λ, so it is eliminated in closed form. Layer ℓ's pivot is of size m = a r ≤ N a.
+Reduced parameters. X acts on s through z̃ = R Qᵀ only, of rank r ≤ min(N, d): X = Y Qᵀ + X⊥ with X⊥Q = 0. X⊥ meets
+nothing but ε and λ and is eliminated in closed form. Layer ℓ's pivot is of size m = a r ≤ N a.
 
     pivot       G = εI + JᵀK J                          (m, m)      K = φ′P φ′ + diag(β φ″)    (n, n), n = N a
     coupling    B = S + Jᵀ(K A + σ φ′P)                 (m, n′)     P, the cost-to-go of t_ℓ   (n, n)
     cost-to-go  P ← TᵀP T + AᵀD A − BᵀG⁻¹B − (λλᵀ) ⊗ (I − QQᵀ)/ε    T = φ′A + σI,  D = diag(β φ″)
 
-Each G is factored as F Σ Fᵀ, Σ = ±1, by blocks: each diagonal block by Cholesky, where that exists, else by LDLᵀ with
-Bunch–Kaufman pivots, after which products alone are left; where that would make the rest of G grow, with pivots from
-all of it. B enters as F⁻¹B alone (a congruence), and no pivot is ever changed. By Sylvester and Haynsworth the signs in
-all Σ are the inertia of H + εI, and its determinant is the product of theirs.
+Each G is factored as F Σ Fᵀ with Σ = ±1, and B enters as F⁻¹B alone (_hessian/symmetric_factor.py). No pivot is ever
+changed. So, by Sylvester and Haynsworth, the signs in all Σ give the inertia of H + εI, and the determinants multiply.
 
-Carried pivots. G is a Schur complement of layers ℓ … L alone: where it has an eigenvalue near 0 that couples strongly,
-its coordinates are left to the layer below, which eliminates them with its own (_hessian/carried_pivots.py).
+Carried pivots. G is a Schur complement of layers ℓ … L alone. It can have an eigenvalue near 0 that couples strongly,
+though H + εI has none. Its coordinates are then eliminated in the layer below (_hessian/carried_pivots.py).
 
-State damping. With μ > 0, x is also charged for the change of pre-activations it causes, averaged over the batch:
-(μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ is added to H, S_ℓ x = s_ℓ. That is D ← D + μ/N in the hidden layers, and nothing else changes.
-The linearization of a deep net holds as long as all s are small, which a small x does not ensure. μ has the unit
-of loss / pre-activation².
+State damping. With μ > 0, (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ is added to H, where S_ℓ x = s_ℓ: D ← D + μ/N in the hidden layers. It
+charges x for the changes of pre-activations that it causes. The linearization of a deep network holds as long as these
+are small; a small x does not ensure that. μ has the unit of loss / pre-activation².
 
-Cost. Factoring: Σ m³/3 + m²n′ + m n′² operations to leading order (blocks of b = min(128, m) rows add b m² + 2 b m n′),
-so O(L (N a)³), and O(L (N a)²) memory; every further right-hand side O(Σ m² + m n′). A product with H costs two passes
-through the network. Where P is smaller than the state N a, forming H (P products) and factoring it once is cheaper:
-`route='auto'` counts and chooses.
+Cost. Factoring: Σ m³/3 + m²n′ + m n′² operations to leading order, so O(L (N a)³), and O(L (N a)²) memory. A solve:
+O(Σ m² + m n′). A product with H: two passes through the network. Where P is smaller than the state N a, it is cheaper
+to form H by P products and to factor it once: `route='auto'` counts and chooses.
 
-Assumptions. Fully connected layers, with or without skips; elementwise activations; a loss whose Hessian in the
-logits is diagonal minus rank one for every sample (cross-entropy, mean square). For relu, φ″ is taken as zero:
-its Hessian is that of the piece the batch lies on. ε has the unit of loss / parameter²: scale the loss, and
-you scale ε. An L2 term ½w‖θ‖² in the loss is damping + w.
+Assumptions. Fully connected layers, with or without skips. Elementwise activations. A loss whose Hessian in the logits
+is diagonal minus rank one for every sample (cross-entropy, mean square). relu's φ″ is taken as zero: H is that of the
+linear piece on which the batch lies. ε has the unit of loss / parameter²: scale the loss, and you scale ε. For an L2
+term ½w‖θ‖² in the loss pass damping + w.
 
-References: A. Rahimi, The Hessian of tall-skinny networks is easy to invert, arXiv 2601.06096 (2025), solves the
-same system without condensing the unit blocks; Pantoja (1988) and Dunn & Bertsekas (1989), Newton's step of a
-multistage problem in linear time; Tassa, Erez & Todorov (2012), state damping in control; Pearlmutter (1994),
-products with H; Bunch & Kaufman (1977), the pivoting; Eisenstat, Elman & Schultz (1983), GCR, the residual-minimizing
-iteration used to refine.
+References: A. Rahimi, The Hessian of tall-skinny networks is easy to invert, arXiv 2601.06096 (2025), solves the same
+system without condensing the unit blocks; Pantoja (1988) and Dunn & Bertsekas (1989), Newton's step of a multistage
+problem in linear time; Tassa, Erez & Todorov (2012), state damping; Pearlmutter (1994), products with H.
 """
 
 from __future__ import annotations
@@ -97,14 +91,15 @@ from _hessian.carried_pivots import SweepInputs, carry, prepare, with_carried
 from _hessian.checkpoints import Checkpoints, Memory
 from _hessian.costs import (
     DENSE_CHUNK,
-    LayerShape,
     RouteCost,
     num_parameters,
     prefers_many_classes,
     route_costs,
     shapes_of_layers,
+    shapes_of_linears,
 )
-from _hessian.factorization import Factor, HessianFactorization, Settings, Solver, factorize, undamped_failure
+from _hessian.dense import dense_matrix, factor_dense
+from _hessian.factorization import Factor, HessianFactorization, Solver, factorize, undamped_failure
 from _hessian.gram import GramFactor
 from _hessian.layers import (
     LayerDerivatives,
@@ -118,11 +113,13 @@ from _hessian.layers import (
     forward_tangent,
     with_skip,
 )
-from _hessian.many_classes import ManyClassPivot
-from _hessian.pivots import CostToGo, Count, DensePivot, Pivot
+from _hessian.losses import loss_derivatives, loss_value
+from _hessian.many_classes import eliminate_many_classes
+from _hessian.pivots import CostToGo, Count, DensePivot, Eliminated, Pivot, output_cost_to_go, singular_pivot
 from _hessian.reduced_parameters import Reduced, assemble_solution, split_right_hand_side
 from _hessian.refinement import MinimumNorm, minimum_norm
-from _hessian.symmetric_factor import BLOCK, SymmetricFactor, factor_symmetric, mirror, subtract_gram
+from _hessian.settings import Settings
+from _hessian.symmetric_factor import BLOCK, factor_symmetric, mirror, subtract_gram
 
 __all__ = [
     "ACTIVATIONS",
@@ -157,7 +154,7 @@ class DeepMLPWithTracking(nn.Module):
     Untracked, nothing is stored and no branch depends on the data (`torch.func` and `torch.compile` work).
 
     Initialized so that differences between samples survive forward, and gradients backward, at any depth (see
-    `hessian_activations.initialize`), for inputs of about unit variance.
+    `_hessian/activations.py`), for inputs of about unit variance.
     """
 
     def __init__(
@@ -186,7 +183,7 @@ class DeepMLPWithTracking(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weights anew (see the class docstring), from torch's global generator."""
-        initialize(self.layers, self.skips, self.activation)
+        initialize(self._linears(), self.skips, self.activation)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, loss={self.loss!r}, skips={int(sum(self.skips))}"
@@ -212,7 +209,7 @@ class DeepMLPWithTracking(nn.Module):
                 raise ValueError("track_activations=True needs targets: call model(x, y, track_activations=True)")
             return logits
         check_targets(self.loss, logits, targets, self._dtype(), values=track_activations)
-        loss = self._loss(logits, targets)
+        loss = loss_value(self.loss, logits, targets)
         if track_activations:
             if loss.device.type == "mps":
                 raise ValueError("the solve needs float64 and mps has none: move the model and the batch to the CPU")
@@ -222,12 +219,6 @@ class DeepMLPWithTracking(nn.Module):
                 inputs, targets, weakref.ref(loss), loss.detach().clone(), parameters, autocast
             )
         return loss
-
-    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        if self.loss == "mse":
-            return F.mse_loss(logits, targets)
-        # the default ignore_index, −100, would leave samples out of the mean: every index must be a class
-        return F.cross_entropy(logits, targets, ignore_index=-(2**62))
 
     def _dtype(self) -> torch.dtype:
         return next(self.layers.parameters()).dtype
@@ -277,8 +268,8 @@ def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivati
         if index < len(linears) - 1:
             z = model.activate(index, h, z)
     targets = tracked.targets.double() if tracked.targets.is_floating_point() else tracked.targets
-    check_loss(tracked, model._loss(h, targets))
-    adjoint, output = _output_derivatives(model.loss, h, targets)
+    check_loss(tracked, loss_value(model.loss, h, targets))
+    adjoint, output = loss_derivatives(model.loss, h, targets)
     # backward: β_{ℓ-1} = λ_ℓ W_ℓ + σ_ℓ β_ℓ
     layers = [LayerDerivatives(weights[-1], inputs[-1], torch.ones_like(h), torch.zeros_like(h), adjoint, 0.0, output)]
     beta = adjoint @ weights[-1]
@@ -292,26 +283,11 @@ def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivati
     return tuple(reversed(layers))
 
 
-def _output_derivatives(loss: str, h: Tensor, targets: Tensor) -> tuple[Tensor, OutputHessian]:
-    """λ_L (N, C) and Λ, of the loss in the logits h (N, C)."""
-    N, C = h.shape
-    if loss == "mse":
-        return 2 * (h - targets) / (N * C), OutputHessian(torch.full_like(h, 2 / (N * C)), zero_sum=False)
-    probabilities = torch.softmax(h, 1)
-    if targets.is_floating_point():
-        total = targets.sum(1, keepdim=True)  # 1 but for rounding
-        return (total * probabilities - targets) / N, OutputHessian(total * probabilities / N, zero_sum=True)
-    onehot = F.one_hot(targets, C).bool()
-    others = probabilities.masked_fill(onehot, 0.0)  # π_y − 1 = −Σ_{c≠y} π_c, without cancellation
-    adjoint = torch.where(onehot, -others.sum(1, keepdim=True), others) / N
-    return adjoint, OutputHessian(probabilities / N, zero_sum=True)
-
-
 def _activation_derivatives(model: DeepMLPWithTracking, h: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """φ′ and φ″ of each hidden layer; where one φ serves them all, those of one shape at once."""
     if getattr(model.activation_derivatives, "__func__", None) is not DeepMLPWithTracking.activation_derivatives:
         return [model.activation_derivatives(index, x) for index, x in enumerate(h)]
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     for _, group in groupby(h, key=lambda x: x.shape):
         found += zip(*model.activation_derivatives(0, torch.stack(list(group))), strict=True)
     return found
@@ -352,7 +328,7 @@ def _product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
     """
     X = blocks_of(layers, v)
     tangents = list(forward_tangent(layers, X))
-    products, delta_beta = [], None
+    products, delta_beta = [], layers[-1].adjoint  # not used in the output layer
     for layer, block, (s, t) in zip(reversed(layers), reversed(X), reversed(tangents), strict=True):
         width = layer.weight.shape[1]
         if layer.output is not None:
@@ -363,7 +339,7 @@ def _product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
         if layer.penalty is not None:
             change = change + (layer.inputs @ block.mT) @ layer.penalty
         product = change.mT @ layer.inputs
-        if layer.penalty_shift is not None:
+        if layer.penalty is not None and layer.penalty_shift is not None:
             product.add_(layer.penalty_shift * (layer.penalty @ block))
         if t is not None:
             product[:, :, :width] += layer.adjoint.mT @ t
@@ -374,25 +350,10 @@ def _product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
 
 
 def _dense_hessian(layers: Sequence[LayerDerivatives]) -> Tensor:
-    """H (P, P), by products with the columns of the identity, in chunks; checked by one more product."""
-    like = layers[0].weight
+    """H (P, P), by products."""
     P = num_parameters(shapes_of_layers(layers))
-    H = like.new_empty(P, P)
-    state = sum(layer.inputs.numel() + 4 * layer.slope.numel() for layer in layers) + P
-    size = max(1, DENSE_CHUNK // (8 * state))
-    for start in range(0, P, size):
-        identity = like.new_zeros(P, min(size, P - start))
-        identity.diagonal(-start).fill_(1)
-        H[:, start : start + size] = _product(layers, identity)
-    # solves are certified by H: that must be the matrix of the products
-    v = torch.randn(P, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
-    error, size_of_H = (H @ v - _product(layers, v)).norm(), torch.linalg.matrix_norm(H)
-    if not bool(error <= 1e-10 * size_of_H * v.norm()) and bool(torch.isfinite(size_of_H)):
-        raise ArithmeticError(
-            f"the dense Hessian is off by {float(error / (size_of_H * v.norm())):.1e} of its norm from a product with "
-            "the same vector: is the memory or a BLAS at fault? Try route='sweep'"
-        )
-    return H
+    state = sum(layer.inputs.numel() + 4 * layer.slope.numel() for layer in layers) + P  # numbers a column
+    return dense_matrix(partial(_product, layers), layers[0].weight, P, max(1, DENSE_CHUNK // (8 * state)))
 
 
 def hessian_vector_product(
@@ -429,42 +390,17 @@ def _eliminate_layer(
     The matrix of `above` is overwritten. definite_only: NotPositiveDefinite where a pivot is not positive definite.
     """
     layer, reduced, epsilon = layers[index], inputs.reduced[index], epsilons[index]
-    definite = above is None or above.definite
     (a, width), (N, r) = layer.weight.shape, reduced.rows.shape
     perpendicular = a * (layer.inputs.shape[1] - r)  # dimensions of X⊥
     if perpendicular and epsilon == 0:
-        raise _singular(index, epsilon, f"{perpendicular} directions of its weights don't act on this batch")
-    waiting = P = None
-    if many_classes and layer.output is not None:
-        if epsilon == 0 and layer.output.zero_sum:
-            raise _singular(index, epsilon, "the same row added to the weights of every class changes nothing")
-        pivot = ManyClassPivot.form(layer, reduced.basis, reduced.rows, epsilon)
-        negative, logabsdet = pivot.num_negative(), float(pivot.logabsdet())
-        definite = negative == 0
-        if index:
-            P = _output_cost_to_go(layer)
-            pivot.reduce(P)
+        raise singular_pivot(index, epsilon, f"{perpendicular} directions of its weights don't act on this batch")
+    if many_classes and above is None:
+        found = eliminate_many_classes(layer, reduced, epsilon, index)
     else:
-        G, B, P = _form_pivot(layer, reduced, epsilon, above, memory, index)
-        factor = factor_symmetric(G, epsilon, definite_only=definite_only, definite_first=definite)
-        if factor is None and definite_only:
-            raise NotPositiveDefinite(index)
-        if factor is None:
-            raise _singular(index, epsilon, "its pivot is exactly singular")
-        negative, logabsdet = factor.num_negative, factor.logabsdet
-        definite = definite and negative == 0
-        W = carried = None
-        if index:
-            W = factor.whiten(B)
-            del B
-            carried, waiting = carry(layer, inputs, index, epsilon, factor, W)
-            if carried is not None:  # it counts below
-                values = waiting.values[: len(carried.rows)]
-                negative -= int((values < 0).sum())
-                logabsdet -= float(values.abs().log().sum())
-                perpendicular -= len(waiting.values) - len(values)
-            W = subtract_gram(P, W, factor.signs)
-        pivot = DensePivot(factor, W, carried)
+        found = _eliminate_dense(layer, inputs, epsilon, index, above, memory, definite_only)
+    negative, logabsdet, carried = found.negative, found.logabsdet, found.pivot.carried
+    if carried is not None and carried.outside is not None:
+        perpendicular -= carried.outside.size
     if epsilon < 0:
         negative += perpendicular
     if perpendicular:
@@ -472,101 +408,132 @@ def _eliminate_layer(
     if definite_only and negative:
         raise NotPositiveDefinite(index)
     if not math.isfinite(logabsdet):
-        raise _singular(index, epsilon, "its pivot is singular, or overflowed")
+        raise singular_pivot(index, epsilon, "its pivot is singular, or overflowed")
+    count, P = Count(negative, logabsdet), found.P
     if P is None:
-        return pivot, Count(negative, logabsdet), None
+        return found.pivot, count, None
     mirror(P)
-    if reduced.basis is not None:  # − (λλᵀ) ⊗ (I − QQᵀ)/ε, without the bias, and without what is carried
-        adjoint = layer.adjoint if pivot.carried is None else pivot.carried.rest(layer.adjoint)
+    if reduced.outside is not None:  # − (λλᵀ) ⊗ (I − QQᵀ)/ε, without the bias, and without what is carried
+        adjoint = layer.adjoint if carried is None else carried.remaining(layer.adjoint)
         P.view(N, width, N, width).addcmul_(
             (adjoint @ adjoint.mT)[:, None, :, None], reduced.outside[:, None, :], value=-1 / epsilon
         )
-    return pivot, Count(negative, logabsdet), CostToGo(P, waiting, definite)
+    return found.pivot, count, CostToGo(P, found.waiting, found.definite)
 
 
-def _singular(index: int, epsilon: float, why: str) -> SingularHessianError:
-    message = f"H + damping·I is singular at layer {index + 1}, damping {epsilon:g}: {why}. Choose a larger damping"
-    if epsilon == 0:
-        message += "; for the minimum-norm solution of H x = v call hessian_inverse_vector_product with damping=0"
-    return SingularHessianError(message, layer=index + 1, damping=epsilon)
-
-
-def _output_cost_to_go(layer: LayerDerivatives) -> Tensor:
-    """AᵀΛA of the last layer, block diagonal over the samples: (n′, n′)."""
-    N, width = len(layer.inputs), layer.weight.shape[1]
-    P = layer.weight.new_zeros(N, width, N, width)
-    P.diagonal(dim1=0, dim2=2).copy_((layer.weight.mT @ layer.output.times(layer.weight)).permute(1, 2, 0))
-    return P.view(N * width, N * width)
+def _eliminate_dense(
+    layer: LayerDerivatives,
+    inputs: SweepInputs,
+    epsilon: float,
+    index: int,
+    above: CostToGo | None,
+    memory: Memory,
+    definite_only: bool,
+) -> Eliminated:
+    """By a factorization of G: P ← P − BᵀG⁻¹B."""
+    definite = above is None or above.definite
+    G, B, P = _form_pivot(layer, inputs.reduced[index], epsilon, index, above, memory)
+    factor = factor_symmetric(G, epsilon, definite_only=definite_only, definite_first=definite)
+    if factor is None and definite_only:
+        raise NotPositiveDefinite(index)
+    if factor is None:
+        raise singular_pivot(index, epsilon, "its pivot is exactly singular")
+    negative, logabsdet = factor.num_negative, factor.logabsdet
+    definite = definite and negative == 0
+    if B is None or P is None:
+        return Eliminated(DensePivot(factor, None, None), negative, logabsdet, None, None, definite)
+    W = factor.whiten(B)
+    del B
+    carried, waiting = carry(layer, inputs, index, epsilon, factor, W)
+    if carried is not None and waiting is not None:  # its rows count below
+        values = waiting.values[: len(carried.rows)]
+        negative -= int((values < 0).sum())
+        logabsdet -= float(values.abs().log().sum())
+    W = subtract_gram(P, W, factor.signs)
+    return Eliminated(DensePivot(factor, W, carried), negative, logabsdet, P, waiting, definite)
 
 
 def _form_pivot(
     layer: LayerDerivatives,
     reduced: Reduced,
     epsilon: float,
+    index: int,
     above: CostToGo | None,
     memory: Memory,
-    index: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """G, B, and the cost-to-go before layer ℓ's parameters are eliminated, TᵀPT + AᵀDA; that above is overwritten.
 
     Row (q, i) of G and B is entry Y[i, q], after them come those of what waited; row (b, i) of P and K is entry [b, i]
     of t_ℓ. Layer 1 needs only G.
     """
-    R, first = reduced.rows, index == 0
-    (a, width), (N, r) = layer.weight.shape, R.shape
-    W, n, n_below = layer.weight, N * a, N * width
-    if layer.output is not None:
-        Lambda = layer.output.apply(torch.eye(a, dtype=W.dtype, device=W.device)[:, None, :].expand(a, N, a))
-        outer = (R[:, :, None] * R[:, None, :]).flatten(1)  # (N, r r)
-        G = (outer.mT @ Lambda.transpose(0, 1).flatten(1)).view(r, r, a, a).transpose(1, 2).reshape(r * a, r * a)
-        G.diagonal().add_(epsilon)
-        if first:
-            return G, None, None
-        B = torch.einsum("bq,bik->qibk", R, layer.output.times(layer.weight)).reshape(r * a, n_below)
-        P = _output_cost_to_go(layer)
+    if above is None:
+        G, B, P = _form_output_pivot(layer, reduced.rows, epsilon, index)
     else:
-        P, slope = above.P, layer.slope.flatten()
-        if layer.skip and not first:
-            slope_P = slope[:, None] * P  # φ′P
-            K = slope_P * slope
-        else:
-            K = P.mul_(slope[:, None]).mul_(slope)
-        K.diagonal().add_(layer.curvature.flatten())
-        JK = torch.mm(R.mT, K.view(N, a * n), out=memory.temporary(K, r, a * n))
-        G = memory.pivot("G", index, K, r * a, r * a)
-        torch.bmm(R.mT.expand(r * a, r, N), JK.view(r * a, N, a), out=G.view(r * a, r, a))
-        G.diagonal().add_(epsilon)
-        if layer.penalty is not None:
-            gram = R.mT @ R
-            if layer.penalty_shift is not None:  # here Q = I
-                gram.diagonal().add_(layer.penalty_shift)
-            G.view(r, a, r, a).addcmul_(gram[:, None, :, None], layer.penalty[:, None, :])
-        B = None
-        if not first:
-            KA = torch.mm(K.view(n * N, a), W, out=memory.temporary(K, n * N, width)).view(n, n_below)
-            # where that fits, in the memory of K, which is done with
-            below = K if n_below == n and not layer.skip else K.new_empty(n_below, n_below)
-            torch.bmm(W.mT.expand(N, width, a), KA.view(N, a, n_below), out=below.view(N, width, n_below))
-            if layer.skip:  # a = a′: TᵀPT + AᵀDA = AᵀKA + σ(Aᵀφ′P + Pφ′A) + σ²P
-                cross = (W.mT @ slope_P.view(N, a, n)).view(n, n)
-                below += layer.skip * (cross + cross.mT)
-                below.add_(P, alpha=layer.skip**2)
-                KA.add_(slope_P, alpha=layer.skip)
-            # a small factor whitens it into new memory
-            B = memory.pivot("B", index, K, r * a, n_below) if r * a > BLOCK else K.new_empty(r * a, n_below)
-            P = below
-            torch.mm(R.mT, KA.view(N, a * n_below), out=B.view(r, a * n_below))
+        G, B, P = _form_hidden_pivot(layer, reduced.rows, epsilon, index, above, memory)
         if above.waiting is not None:
-            G, B = with_carried(layer, R, above.waiting, G, B)
-        if first:
-            return G, None, None
+            G, B = with_carried(layer, reduced.rows, above.waiting, G, B)
+    if B is None:
+        return G, None, None
     # S: Y[i, q] meets t[b, k] by λ[b, i] Q[k, q]
+    (a, width), (N, r) = layer.weight.shape, reduced.rows.shape
     S = B[: r * a].view(r, a, N, width)
     if reduced.basis is None:
         S.diagonal(dim1=0, dim2=3)[:, :, :width].add_(layer.adjoint.mT[:, :, None])
     else:
         S.addcmul_(layer.adjoint.mT[:, :, None], reduced.basis[:width].mT[:, None, None, :])
     return G, B, P
+
+
+def _form_output_pivot(
+    layer: LayerDerivatives, R: Tensor, epsilon: float, index: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """G, B without S, and P, from K = Λ."""
+    W, output = layer.weight, layer.loss_hessian
+    (a, width), (N, r) = W.shape, R.shape
+    Lambda = output.apply(torch.eye(a, dtype=W.dtype, device=W.device)[:, None, :].expand(a, N, a))
+    outer = (R[:, :, None] * R[:, None, :]).flatten(1)  # (N, r r)
+    G = (outer.mT @ Lambda.transpose(0, 1).flatten(1)).view(r, r, a, a).transpose(1, 2).reshape(r * a, r * a)
+    G.diagonal().add_(epsilon)
+    if index == 0:
+        return G, None, None
+    B = torch.einsum("bq,bik->qibk", R, output.times(W)).reshape(r * a, N * width)
+    return G, B, output_cost_to_go(layer)
+
+
+def _form_hidden_pivot(
+    layer: LayerDerivatives, R: Tensor, epsilon: float, index: int, above: CostToGo, memory: Memory
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """G, B without S, and P, from K = φ′P φ′ + diag(β φ″)."""
+    W, slope, P, first = layer.weight, layer.slope.flatten(), above.P, index == 0
+    (a, width), (N, r) = W.shape, R.shape
+    n, n_below = N * a, N * width
+    slope_P = slope[:, None] * P if layer.skip and not first else None  # φ′P
+    K = P.mul_(slope[:, None]).mul_(slope) if slope_P is None else slope_P * slope
+    K.diagonal().add_(layer.curvature.flatten())
+    JK = torch.mm(R.mT, K.view(N, a * n), out=memory.temporary(K, r, a * n))
+    G = memory.pivot("G", index, K, r * a, r * a)
+    torch.bmm(R.mT.expand(r * a, r, N), JK.view(r * a, N, a), out=G.view(r * a, r, a))
+    G.diagonal().add_(epsilon)
+    if layer.penalty is not None:
+        gram = R.mT @ R
+        if layer.penalty_shift is not None:  # here Q = I
+            gram.diagonal().add_(layer.penalty_shift)
+        G.view(r, a, r, a).addcmul_(gram[:, None, :, None], layer.penalty[:, None, :])
+    if first:
+        return G, None, None
+    KA = torch.mm(K.view(n * N, a), W, out=memory.temporary(K, n * N, width)).view(n, n_below)
+    # where that fits, in the memory of K, which is done with
+    below = K if n_below == n and slope_P is None else K.new_empty(n_below, n_below)
+    torch.bmm(W.mT.expand(N, width, a), KA.view(N, a, n_below), out=below.view(N, width, n_below))
+    if slope_P is not None:  # a = a′: TᵀPT + AᵀDA = AᵀKA + σ(Aᵀφ′P + Pφ′A) + σ²P
+        cross = (W.mT @ slope_P.view(N, a, n)).view(n, n)
+        below += layer.skip * (cross + cross.mT)
+        below.add_(P, alpha=layer.skip**2)
+        KA.add_(slope_P, alpha=layer.skip)
+    # a small factor whitens it into new memory
+    B = memory.pivot("B", index, K, r * a, n_below) if r * a > BLOCK else K.new_empty(r * a, n_below)
+    torch.mm(R.mT, KA.view(N, a * n_below), out=B.view(r, a * n_below))
+    return G, B, below
 
 
 class _Sweep:
@@ -618,10 +585,12 @@ class _Sweep:
 
     def _solve(self, v: Tensor) -> Tensor:
         """One backward and one forward sweep. What is carried has its coordinates beside t, and its slope beside p."""
-        layers, reduced, states = self.layers, self.inputs.reduced, []
+        layers, reduced = self.layers, self.inputs.reduced
         V = blocks_of(layers, v)
         inside, outside, coupled = split_right_hand_side(layers, reduced, V)
-        p = p_carried = None  # derivative of the cost-to-go at 0, in t_ℓ: (k, N, a), and in w: (k, k_w)
+        # slope of the cost-to-go at 0: in φ′t_ℓ (k, N, a), in t_ℓ (k, N, a), and in w (k, k_w)
+        slope_p = p = p_carried = None
+        states: list[Tensor] = []
         for index, pivot in zip(range(len(layers) - 1, -1, -1), self.downward(), strict=True):
             layer, q = layers[index], inside[index]
             if p is not None:
@@ -633,21 +602,30 @@ class _Sweep:
             if index == 0 or back is None:
                 break
             back = back.unflatten(1, (-1, layer.weight.shape[1]))  # (k, N, a′)
-            below = -back if p is None else with_skip(layer.skip, slope_p @ layer.weight - back, p)
+            below = -back if slope_p is None else with_skip(layer.skip, slope_p @ layer.weight - back, p)
             pull, free = coupled[index], outside[index]
             if pull is not None and free is not None:
-                if pivot.carried is not None and pivot.carried.left is not None:
-                    pull, of_outside = pivot.carried.split_outside(layer, V[index], free)
+                if pivot.carried is not None and pivot.carried.outside is not None:
+                    pull, of_outside = pivot.carried.outside.split(layer, V[index], free)
                     p_carried = of_outside if p_carried is None else torch.cat([p_carried, of_outside], 1)
                 below = torch.add(below, pull, alpha=1 / self.epsilons[index])
             p = below
         del pivot  # its memory is used again
-        Y, inputs, t, w, insert_carried = [], [], None, None, {}
-        for index, (pivot, state) in enumerate(zip(self.upward(), reversed(states), strict=True)):
+        return self._roll_out(states[::-1], outside)
+
+    def _roll_out(self, states: Sequence[Tensor], outside: Sequence[Tensor | None]) -> Tensor:
+        """The forward sweep: x (P, k) from what the backward one left of each layer, first layer first."""
+        layers, reduced = self.layers, self.inputs.reduced
+        Y: list[Tensor] = []
+        inputs: list[Tensor | None] = []  # t_{ℓ-1}
+        t = w = None
+        insert_carried = {}
+        for index, (pivot, state) in enumerate(zip(self.upward(), states, strict=True)):
             layer, rows = layers[index], reduced[index].rows
             solved = pivot.forward(state, None if t is None else t.flatten(1), w)  # (k, r a and what waited)
-            if pivot.carried is not None and pivot.carried.left is not None:
-                insert_carried[index] = partial(pivot.carried.replace_outside, w=w)
+            carried = pivot.carried
+            if carried is not None and carried.outside is not None and w is not None:
+                insert_carried[index] = partial(carried.outside.replace, Z=w[:, len(carried.rows) :])
             r, a = rows.shape[1], layer.weight.shape[0]
             y, w = solved.tensor_split((r * a,), 1)
             y = y.unflatten(1, (r, a))  # (k, r, a)
@@ -655,9 +633,8 @@ class _Sweep:
             inputs.append(t)
             s = rows @ y if t is None else rows @ y + t @ layer.weight.mT  # z̃ X⊥ᵀ = 0
             t = with_skip(layer.skip, layer.slope * s, t)
-        return flatten_blocks(
-            layers, assemble_solution(layers, reduced, self.epsilons, Y, outside, inputs, insert_carried)
-        )
+        X = assemble_solution(layers, reduced, self.epsilons, Y, outside, inputs, insert_carried)
+        return flatten_blocks(layers, X)
 
 
 # ------------------------------------------------------------------------------------------ factor and solve
@@ -671,7 +648,8 @@ def _factor(
     rounded = tuple(x.in_float32() for x in layers) if settings.precision == "mixed" else layers
     if settings.route == "dense":
         H = formed if isinstance(formed, Tensor) else _dense_hessian(layers)
-        return _factor_dense(H.to(rounded[0].weight.dtype, copy=True), layers, settings, definite_only), H
+        dampings = damping_vector(layers, epsilons)
+        return factor_dense(H.to(rounded[0].weight.dtype, copy=True), dampings, settings.damping, definite_only), H
     if settings.route == "gram":
         gram = GramFactor(rounded, epsilons, formed if isinstance(formed, Tensor) else None)
         return gram, gram.formed
@@ -685,24 +663,6 @@ def _factor(
         checkpoint=settings.checkpoint_layers,
     )
     return sweep, sweep.inputs
-
-
-def _factor_dense(
-    G: Tensor, layers: Sequence[LayerDerivatives], settings: Settings, definite_only: bool
-) -> SymmetricFactor:
-    """G + diag(ε), factored in G's memory."""
-    epsilons = settings.epsilons(len(layers))
-    G.diagonal().add_(damping_vector(layers, epsilons)[:, 0])
-    factor = factor_symmetric(G, min(map(abs, epsilons)), definite_only=definite_only)
-    if factor is None and definite_only:
-        raise NotPositiveDefinite(0)
-    if factor is None:
-        raise SingularHessianError(
-            f"H + damping·I, factored densely at damping={settings.damping}, has an exactly singular pivot: choose "
-            "another",
-            damping=settings.damping,
-        )
-    return factor
 
 
 _SOLVER = Solver(_product, _dense_hessian, _factor)
@@ -814,23 +774,8 @@ def estimate_cost(
     check_choices(precision=precision, keep=keep)
     if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer ≥ 1, got {batch_size!r}")
-    zero_sum = model.loss == "cross_entropy"
-    shapes = tuple(
-        LayerShape(
-            linear.out_features,
-            linear.in_features,
-            linear.in_features + (linear.bias is not None),
-            bool(skip),
-            zero_sum,
-        )
-        for linear, skip in zip(model._linears(), model.skips, strict=True)
+    shapes = shapes_of_linears(model._linears(), model.skips, zero_sum=model.loss == "cross_entropy")
+    settings = Settings(
+        curvature=checked_curvature(curvature), precision=precision, keep=keep, checkpoint_layers=checkpoint_layers
     )
-    costs = route_costs(
-        shapes,
-        int(batch_size),
-        curvature=checked_curvature(curvature),
-        precision=precision,
-        keep=keep,
-        checkpoint_layers=checkpoint_layers,
-    )
-    return dict(costs)
+    return dict(route_costs(shapes, int(batch_size), settings))

@@ -29,6 +29,7 @@ from _hessian.gram import (
     scaled_output,
     split_damping,
 )
+from _hessian.losses import loss_value
 from _hessian.refinement import Refined
 from _hessian.trial_losses import accurate_loss
 from hessian import (
@@ -40,7 +41,7 @@ from hessian import (
     hessian_vector_product,
 )
 from newton import DampedNewton, TrustRegionStep, _Step, _sub_batch, trust_region_step
-from test_hessian import (
+from tests.oracles import (
     Case,
     case_id,
     counted_operations,
@@ -467,7 +468,7 @@ def output_hessian(case: Case) -> Tensor:
     model, x, y = case.build()
     logits = model(x).detach()
     C = logits.shape[1]
-    H = torch.func.hessian(lambda h: model._loss(h.view_as(logits), y))(logits.flatten())
+    H = torch.func.hessian(lambda h: loss_value(model.loss, h.view_as(logits), y))(logits.flatten())
     H = H.view(len(x), C, len(x), C)
     return torch.stack([H[b, :, b] for b in range(len(x))])
 
@@ -1323,12 +1324,12 @@ def test_a_checkpoint_of_before_conjugate_gradients_goes_on_without_them():
 def test_accurate_loss():
     model, x, y = Case((4,), 6).build()
     h = random_vector(6, 3)
-    assert accurate_loss(model.loss, h[None], y)[0].item() == pytest.approx(model._loss(h, y).item(), rel=1e-14)
+    assert accurate_loss(model.loss, h[None], y)[0].item() == pytest.approx(loss_value(model.loss, h, y).item(), rel=1e-14)
     h = torch.zeros(6, 3, dtype=torch.float64).scatter(1, y[:, None], 50.0)
     assert accurate_loss(model.loss, h[None], y)[0].item() == pytest.approx(2 * math.exp(-50), rel=1e-12)
     assert accurate_loss(model.loss, -40 * h[None], y)[0].item() == pytest.approx(2000 + math.log(2), rel=1e-12)
     soft = torch.softmax(random_vector(6, 3), 1)
-    assert accurate_loss(model.loss, h[None], soft)[0].item() == pytest.approx(model._loss(h, soft).item(), rel=1e-12)
+    assert accurate_loss(model.loss, h[None], soft)[0].item() == pytest.approx(loss_value(model.loss, h, soft).item(), rel=1e-12)
 
 
 WIDE = Case((7, 6), 9, inputs=60, classes=4)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from _hessian.activations import ACTIVATIONS
 from _hessian.layers import Damping, TrackedBatch
+from _hessian.losses import LOSSES
 
 
 def checked_widths(
@@ -34,8 +35,8 @@ def checked_widths(
 def check_kinds(activation: str, loss: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
-    if loss not in ("cross_entropy", "mse"):
-        raise ValueError(f"unknown loss {loss!r}: choose 'cross_entropy' or 'mse'")
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}: choose {' or '.join(map(repr, LOSSES))}")
 
 
 def check_inputs(x: Tensor, input_dim: int, dtype: torch.dtype) -> None:

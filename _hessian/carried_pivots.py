@@ -56,14 +56,14 @@ def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[Reduce
     if len(layers) == 1:
         return [0.0]  # below layer 1 there is nothing
     last, hidden = layers[-1], layers[1:-1]
-    couplings = []
+    couplings: list[Tensor] = []
     for members in same_shape_groups(layers, _TOGETHER):
         adjoint, rows = (
             torch.stack([layers[i].adjoint for i in members]),
             torch.stack([reduced[i].rows for i in members]),
         )
         couplings += adjoint.abs().amax((1, 2)) / rows.abs().amax((1, 2)).clamp_min(_TINY)
-    P = last.weight.mT @ last.output.times(last.weight)  # (N, a′, a′)
+    P = last.weight.mT @ last.loss_hessian.times(last.weight)  # (N, a′, a′)
     P.diagonal(dim1=1, dim2=2).add_(couplings[-1])
     largest = [P.abs().amax()[None]]
     for members in reversed(list(same_shape_groups(hidden, _TOGETHER))):
@@ -88,39 +88,53 @@ class Waiting(NamedTuple):
     values: Tensor  # (k,) d
 
 
+class CarriedOutside(NamedTuple):
+    """The parts U Z Q⊥ᵀ of X⊥ that are carried, Z (j, d − r)."""
+
+    left: Tensor  # (a, j) U, orthonormal
+    basis: Tensor  # (d, d − r) Q⊥
+
+    @property
+    def size(self) -> int:
+        """The numbers in Z."""
+        return self.left.shape[1] * self.basis.shape[1]
+
+    def split(self, layer: LayerDerivatives, V: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
+        """For the right-hand side V (k, a, d) and V⊥: λ(I − UUᵀ)V⊥ (k, N, a′) of the parts that are not carried, and
+        the linear term −UᵀV Q⊥ in Z (k, j (d − r))."""
+        U, free = self.left, outside[:, :, : layer.weight.shape[1]]
+        return layer.adjoint @ (free - U @ (U.mT @ free)), -(U.mT @ V @ self.basis).flatten(1)
+
+    def replace(self, x: Tensor, Z: Tensor) -> None:
+        """x ← (I − UUᵀ)x + U Z Q⊥ᵀ, for X⊥ (k, a, d) and Z (k, j (d − r))."""
+        U = self.left
+        x += U @ Z.unflatten(1, (U.shape[1], -1)) @ self.basis.mT - U @ (U.mT @ x)
+
+
 class Carried(NamedTuple):
-    """What a layer leaves to the one below: some of the coordinates e = Fᵀ[Y; w] of its pivot, e = root · ω, and the
-    parts U Z Q⊥ᵀ of X⊥; ω, then Z, are the w of the layer below."""
+    """What a layer leaves to the one below: some of the coordinates e = Fᵀ[Y; w] of its pivot, e = root · ω, and parts
+    of X⊥. ω, then Z, are the w of the layer below."""
 
     rows: Tensor  # (k₁,) which of e
     root: Tensor  # (k₁,)
-    left: Tensor | None  # (a, j) U, orthonormal
-    outside: Tensor | None  # (d, d − r) Q⊥
+    outside: CarriedOutside | None
 
     def take_linear_terms(self, white: Tensor) -> Tensor:
         """The linear terms (k, k₁) in ω, taken out of those in e (k, m)."""
-        left = self.root * white[:, self.rows]
+        terms = self.root * white[:, self.rows]
         white[:, self.rows] = 0.0
-        return left
+        return terms
 
     def insert_values(self, e: Tensor, w: Tensor) -> None:
         """ω into its places in e (k, m)."""
         e[:, self.rows] = self.root * w[:, : len(self.rows)]
 
-    def rest(self, adjoint: Tensor) -> Tensor:
+    def remaining(self, adjoint: Tensor) -> Tensor:
         """λ(I − UUᵀ), of the parts of X⊥ that are not carried."""
-        return adjoint if self.left is None else adjoint - (adjoint @ self.left) @ self.left.mT
-
-    def split_outside(self, layer: LayerDerivatives, V: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
-        """For the right-hand side V (k, a, d) and V⊥: λ(I − UUᵀ)V⊥ (k, N, a′) of the parts that are not carried, and
-        the linear term −UᵀV Q⊥ in Z (k, j (d − r))."""
-        U, free = self.left, outside[:, :, : layer.weight.shape[1]]
-        return layer.adjoint @ (free - U @ (U.mT @ free)), -(U.mT @ V @ self.outside).flatten(1)
-
-    def replace_outside(self, x: Tensor, w: Tensor) -> None:
-        """x ← (I − UUᵀ)x + U Z Q⊥ᵀ for the other parts x (k, a, d) of X⊥."""
-        Z = w[:, len(self.rows) :].unflatten(1, (self.left.shape[1], -1))
-        x += self.left @ Z @ self.outside.mT - self.left @ (self.left.mT @ x)
+        if self.outside is None:
+            return adjoint
+        U = self.outside.left
+        return adjoint - (adjoint @ U) @ U.mT
 
 
 def carry(
@@ -133,27 +147,20 @@ def carry(
 ) -> tuple[Carried | None, Waiting | None]:
     """Which pivots of layer `index` to leave to the one below, and their quadratic there; as a rule none (None).
 
-    A pivot whose elimination would add to the cost-to-go more than _GROWTH times its natural size. Rows of the whitened
-    coupling W that are carried are set to zero. ω is scaled so that all couplings to t are of the size of Y's.
+    Carried is a pivot whose elimination would add more than _GROWTH times its natural size to the cost-to-go. Its row
+    of the whitened coupling W is set to zero. ω is scaled so that all couplings to t are of the size of Y's.
     """
     reduced, scale, norm = inputs.reduced[index], inputs.scales[index], inputs.couplings[index]
     if not 0 < scale < math.inf:  # nothing couples, or overflow, which is found elsewhere
         return None, None
     bound = _GROWTH * scale
-    width = layer.weight.shape[1]
-    carries_outside = reduced.basis is not None and norm > math.sqrt(bound * abs(epsilon))
-    if not carries_outside and float(torch.linalg.vector_norm(W)) <= math.sqrt(bound):
+    basis = reduced.basis if norm > math.sqrt(bound * abs(epsilon)) else None
+    if basis is None and float(torch.linalg.vector_norm(W)) <= math.sqrt(bound):
         return None, None  # no row of W is longer than all of it
     length = torch.linalg.vector_norm(W, dim=1)
     rows = (length > math.sqrt(bound)).nonzero()[:, 0]
-    left = outside = None
-    if carries_outside:
-        _, s, V = torch.linalg.svd(layer.adjoint, full_matrices=False)
-        left = V[s * s > bound * abs(epsilon)].mT
-        outside = torch.linalg.qr(reduced.basis, mode="complete").Q[:, reduced.basis.shape[1] :]  # (d, d − r)
-        if left.shape[1] == 0:
-            left = None
-    if len(rows) == 0 and left is None:
+    outside = None if basis is None else _carried_outside(layer, basis, bound * abs(epsilon))
+    if len(rows) == 0 and outside is None:
         return None, None
     root = scale * torch.linalg.vector_norm(reduced.rows) / length[rows]
     coupling = root[:, None] * W[rows]
@@ -161,13 +168,21 @@ def carry(
     if factor.signs is not None:
         values = values * factor.signs[rows, 0]
     W[rows] = 0.0
-    if left is None:
-        return Carried(rows, root, None, None), Waiting(coupling, values)
-    of_perpendicular = torch.einsum("bi,kj->ijbk", layer.adjoint @ left, outside[:width])
-    of_perpendicular = of_perpendicular.reshape(-1, W.shape[1])
-    coupling = torch.cat([coupling, of_perpendicular])
-    values = torch.cat([values, values.new_full((len(of_perpendicular),), epsilon)])
-    return Carried(rows, root, left, outside), Waiting(coupling, values)
+    if outside is not None:
+        free = outside.basis[: layer.weight.shape[1]]
+        of_outside = torch.einsum("bi,kj->ijbk", layer.adjoint @ outside.left, free).reshape(-1, W.shape[1])
+        coupling = torch.cat([coupling, of_outside])
+        values = torch.cat([values, values.new_full((len(of_outside),), epsilon)])
+    return Carried(rows, root, outside), Waiting(coupling, values)
+
+
+def _carried_outside(layer: LayerDerivatives, basis: Tensor, bound: float) -> CarriedOutside | None:
+    """The parts of X⊥ that λ couples by more than the bound (‖λ u‖² for a unit u), for Q (d, r)."""
+    _, s, V = torch.linalg.svd(layer.adjoint, full_matrices=False)
+    left = V[s * s > bound].mT
+    if left.shape[1] == 0:
+        return None
+    return CarriedOutside(left, torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :])
 
 
 def with_carried(

@@ -9,12 +9,15 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from _hessian.layers import LayerDerivatives
+from _hessian.settings import Settings
 from _hessian.symmetric_factor import BLOCK
 
 DENSE_CHUNK = 2**28  # bytes: temporaries of the dense Hessian are formed in chunks of this
 _CLASS_CHUNK = 2**28  # bytes: the couplings of many classes are formed in chunks of this
+_PLAIN = Settings()
 _cached = lru_cache(maxsize=64)  # one factorization asks for the same more than once, and so does the next one
 
 
@@ -40,8 +43,17 @@ class RouteCost(NamedTuple):
 
 
 def shapes_of_layers(layers: Sequence[LayerDerivatives]) -> tuple[LayerShape, ...]:
-    zero_sum = layers[-1].output.zero_sum
-    return tuple(LayerShape(*x.weight.shape, x.inputs.shape[1], bool(x.skip), zero_sum) for x in layers)
+    zero_sum = layers[-1].loss_hessian.zero_sum
+    return tuple(
+        LayerShape(x.weight.shape[0], x.weight.shape[1], x.inputs.shape[1], bool(x.skip), zero_sum) for x in layers
+    )
+
+
+def shapes_of_linears(linears: Sequence[nn.Linear], skips: Sequence[float], zero_sum: bool) -> tuple[LayerShape, ...]:
+    return tuple(
+        LayerShape(x.out_features, x.in_features, x.in_features + (x.bias is not None), bool(skip), zero_sum)
+        for x, skip in zip(linears, skips, strict=True)
+    )
 
 
 class LayerOperations(NamedTuple):
@@ -129,7 +141,7 @@ def count_operations(shapes: tuple[LayerShape, ...], N: int, gauss_newton: bool 
 
 def cheapest_route(shapes: tuple[LayerShape, ...], N: int, gauss_newton: bool = False) -> str:
     operations = count_operations(shapes, N, gauss_newton)
-    return min(operations, key=operations.get)
+    return min(operations, key=lambda route: operations[route])
 
 
 def _solve_operations(shapes: Sequence[LayerShape], N: int, route: str) -> float:
@@ -191,98 +203,78 @@ def _sweep_numbers(shapes: Sequence[LayerShape], N: int, keep: str, checkpoint: 
 
 
 @_cached
-def route_costs(
-    shapes: tuple[LayerShape, ...],
-    N: int,
-    *,
-    curvature: str = "hessian",
-    precision: str = "float64",
-    keep: str = "solve",
-    checkpoint_layers: bool = False,
-) -> Mapping[str, RouteCost]:
-    P, operations = num_parameters(shapes), count_operations(shapes, N, curvature == "gauss_newton")
+def route_costs(shapes: tuple[LayerShape, ...], N: int, settings: Settings = _PLAIN) -> Mapping[str, RouteCost]:
+    """Of each route that settings.curvature has; neither the damping nor settings.route matters."""
+    P, operations = num_parameters(shapes), count_operations(shapes, N, settings.curvature == "gauss_newton")
     derivatives = sum(x.a * x.width + N * x.d + 3 * N * x.a + min(N, x.d) * (N + x.d) for x in shapes)
     outside = sum(x.width**2 for x in shapes[1:] if N < x.d)  # of the samples' span
-    bytes_ = {
-        "sweep": 8 * derivatives
-        + (4 if precision == "mixed" else 8) * (outside + _sweep_numbers(shapes, N, keep, checkpoint_layers))
-        + (4 * derivatives if precision == "mixed" else 0),
+    sweep = outside + _sweep_numbers(shapes, N, settings.keep, settings.checkpoint_layers)
+    mixed = settings.precision == "mixed"
+    needed = {
+        "sweep": 8 * derivatives + (4 * (derivatives + sweep) if mixed else 8 * sweep),
         "dense": 8 * derivatives + 8 * P * P + max(8 * P * P, min(DENSE_CHUNK, 8 * P * (derivatives + P))),
     }
     if "gram" in operations:
         n = N * num_scaled_outputs(shapes)
-        bytes_["gram"] = 8 * (derivatives + 2 * n * n + 2 * n * sum(x.a for x in shapes))
+        needed["gram"] = 8 * (derivatives + 2 * n * n + 2 * n * sum(x.a for x in shapes))
     return MappingProxyType(
-        {r: RouteCost(operations[r], _solve_operations(shapes, N, r), bytes_[r]) for r in operations}
+        {r: RouteCost(operations[r], _solve_operations(shapes, N, r), needed[r]) for r in operations}
     )
 
 
 def free_bytes(device: torch.device) -> float:
     """Memory that can still be had on the device; infinite where it isn't known."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        unused, _ = torch.cuda.mem_get_info(device)
+        return unused + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = float("inf")
     if os.path.exists("/proc/meminfo"):
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":") for line in file)
         if "MemAvailable" in fields:
             free = 1024 * float(fields["MemAvailable"].split()[0])
-    limit, used = (f"/sys/fs/cgroup/memory.{name}" for name in ("max", "current"))
+    limit, used, statistics = (f"/sys/fs/cgroup/memory.{name}" for name in ("max", "current", "stat"))
     if os.path.exists(limit) and os.path.exists(used):  # of a container
-        with open(limit) as limit_file, open(used) as used_file, open("/sys/fs/cgroup/memory.stat") as stat_file:
-            limit, used = limit_file.read().strip(), float(used_file.read())
-            cached = dict(line.split() for line in stat_file).get("file", 0)  # given back when asked for
-            if limit != "max":
-                free = min(free, float(limit) - used + float(cached))
+        with open(limit) as limit_file, open(used) as used_file, open(statistics) as statistics_file:
+            allowed, taken = limit_file.read().strip(), float(used_file.read())
+            cached = dict(line.split() for line in statistics_file).get("file", 0)  # given back when asked for
+            if allowed != "max":
+                free = min(free, float(allowed) - taken + float(cached))
     return free
 
 
-def checked_route(
-    layers: Sequence[LayerDerivatives],
-    route: str,
-    epsilons: Sequence[float],
-    state_damping: float,
-    *,
-    curvature: str,
-    precision: str,
-    keep: str,
-    checkpoint_layers: bool,
-    formed: bool,
-    may_mix: bool,
-) -> str:
-    """`route`, or for 'auto' the one with the fewest operations; MemoryError where it won't fit, naming the changes
-    that make it fit. formed: H, or the Gram matrix, is there already. may_mix: precision='mixed' can be chosen."""
+def checked_route(layers: Sequence[LayerDerivatives], settings: Settings, *, formed: bool, may_mix: bool) -> str:
+    """settings.route, or for 'auto' the one with the fewest operations; MemoryError where it won't fit, naming the
+    changes that make it fit. formed: H, or the Gram matrix, is there already. may_mix: precision='mixed' can be
+    chosen."""
     shapes, N, device = shapes_of_layers(layers), len(layers[0].inputs), layers[0].weight.device
     # the Gram route knows no state damping, and divides by ε
-    may_gram = curvature == "gauss_newton" and state_damping == 0 and all(epsilons)
+    may_gram = settings.curvature == "gauss_newton" and settings.state_damping == 0 and all(settings.epsilons(1))
+    route, free = settings.route, free_bytes(device)
     if route == "auto":
-        route = "sweep" if checkpoint_layers else cheapest_route(shapes, N, may_gram)
-    settings = dict(curvature=curvature, precision=precision, keep=keep, checkpoint_layers=checkpoint_layers)
-    needed, free = route_costs(shapes, N, **settings)[route].bytes, free_bytes(device)
-    if formed and route != "sweep":
-        needed /= 2
+        route = "sweep" if settings.checkpoint_layers else cheapest_route(shapes, N, may_gram)
+
+    def needs(route: str, N: int, settings: Settings) -> float:
+        return route_costs(shapes, N, settings._replace(damping=0.0, route="auto", state_damping=0.0))[route].bytes
+
+    needed = needs(route, N, settings) / (2 if formed and route != "sweep" else 1)
     if needed <= free:
         return route
-
-    def fits(route: str, N: int, **changed) -> bool:
-        return route_costs(shapes, N, **{**settings, **changed})[route].bytes <= free
-
-    no_checkpoints = ", checkpoint_layers=False" if checkpoint_layers else ""
+    no_checkpoints = ", checkpoint_layers=False" if settings.checkpoint_layers else ""
     remedies = [
         f"route={other!r}{no_checkpoints}"
         for other in count_operations(shapes, N, may_gram)
-        if other != route and fits(other, N)
+        if other != route and needs(other, N, settings) <= free
     ]
     if route == "sweep":
-        changes = [("checkpoint_layers=True", {"checkpoint_layers": True})]
-        changes += [("precision='mixed'", {"precision": "mixed"})] if may_mix else []
-        changes += [("keep='inertia' (counts only, no solves)", {"keep": "inertia"})]
-        remedies += [name for name, change in changes if fits(route, N, **change)]
+        changes = [("checkpoint_layers=True", settings._replace(checkpoint_layers=True))]
+        changes += [("precision='mixed'", settings._replace(precision="mixed"))] if may_mix else []
+        changes += [("keep='inertia' (counts only, no solves)", settings._replace(keep="inertia"))]
+        remedies += [name for name, changed in changes if needs(route, N, changed) <= free]
     smaller = N
-    while smaller > 1 and not fits(route, smaller):
+    while smaller > 1 and needs(route, smaller, settings) > free:
         smaller //= 2
-    if fits(route, smaller):
+    if needs(route, smaller, settings) <= free:
         remedies.append(f"a batch of {smaller} samples")
     raise MemoryError(
         f"the factorization by route={route!r} at {N} samples needs {needed / 1e9:.3g} GB, and {device} has "

@@ -25,6 +25,7 @@ from _hessian.refinement import (
     spectral_norm,
     unit_columns,
 )
+from _hessian.settings import Settings
 from _hessian.symmetric_factor import one_pool
 
 _REFINED_NUMBERS = 2**23  # right-hand sides are refined together up to this many numbers
@@ -35,25 +36,12 @@ _DENSE_TRIAL = 3000  # a failed solve tries the dense route for its error messag
 Layers = tuple[LayerDerivatives, ...]
 
 
-class Settings(NamedTuple):
-    """The options of `factorize_hessian`."""
-
-    damping: Damping
-    curvature: str = "hessian"
-    route: str = "auto"
-    state_damping: float = 0.0
-    precision: str = "float64"
-    keep: str = "solve"
-    checkpoint_layers: bool = False
-
-    def epsilons(self, num_layers: int) -> tuple[float, ...]:
-        """ε of each layer."""
-        return self.damping if isinstance(self.damping, tuple) else (self.damping,) * num_layers
-
-
 class Factor(Protocol):
-    num_negative: int
-    logabsdet: float
+    @property
+    def num_negative(self) -> int: ...
+
+    @property
+    def logabsdet(self) -> float: ...
 
     def solve(self, v: Tensor) -> Tensor: ...
 
@@ -302,20 +290,8 @@ def factorize(
     it was formed before; it is kept unchanged. fell_back: from a float32 factor.
     """
     solvable = settings.keep == "solve"
-    settings = settings._replace(
-        route=checked_route(
-            layers,
-            settings.route,
-            settings.epsilons(len(layers)),
-            settings.state_damping,
-            curvature=settings.curvature,
-            precision=settings.precision,
-            keep=settings.keep,
-            checkpoint_layers=settings.checkpoint_layers,
-            formed=formed is not None,
-            may_mix=not fell_back,
-        )
-    )
+    route = checked_route(layers, settings, formed=formed is not None, may_mix=not fell_back)
+    settings = settings._replace(route=route)
     try:
         with one_pool(layers[0].weight.device):
             factor, formed = solver.factor(layers, settings, formed, definite_only)

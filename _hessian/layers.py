@@ -90,10 +90,24 @@ class LayerDerivatives(NamedTuple):
     penalty: Tensor | None = None  # (a, a) Ω: adds Σ_b uᵀΩ u, u = X z̃_b
     penalty_shift: Tensor | None = None  # () α: adds α tr XᵀΩX; with N ≥ d only
 
+    @property
+    def loss_hessian(self) -> OutputHessian:
+        """Λ, of the output layer."""
+        assert self.output is not None, "a hidden layer has no Λ"
+        return self.output
+
     def in_float32(self) -> LayerDerivatives:
-        tensors = {name: x.float() for name, x in self._asdict().items() if isinstance(x, Tensor)}
-        output = self.output and self.output._replace(diagonal=self.output.diagonal.float())
-        return self._replace(**tensors, output=output)
+        return LayerDerivatives(
+            self.weight.float(),
+            self.inputs.float(),
+            self.slope.float(),
+            self.curvature.float(),
+            self.adjoint.float(),
+            self.skip,
+            None if self.output is None else self.output._replace(diagonal=self.output.diagonal.float()),
+            None if self.penalty is None else self.penalty.float(),
+            None if self.penalty_shift is None else self.penalty_shift.float(),
+        )
 
 
 def with_skip(skip: float, out: Tensor, z: Tensor | None) -> Tensor:

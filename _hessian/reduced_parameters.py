@@ -27,10 +27,15 @@ class Reduced(NamedTuple):
     rows: Tensor  # (N, r) R
     outside: Tensor | None  # (a′, a′) I − QQᵀ without the bias; None where Q is, or where layer 1 is the only such one
 
+    @property
+    def Q(self) -> Tensor:
+        assert self.basis is not None, "Q is the identity"
+        return self.basis
+
 
 def reduced_inputs(layers: Sequence[LayerDerivatives]) -> list[Reduced]:
     """Of every layer; one batched QR for those of one shape."""
-    reduced = []
+    reduced: list[Reduced] = []
     for members in same_shape_groups(layers):
         inputs = [layers[i].inputs for i in members]
         N, d = inputs[0].shape
@@ -38,12 +43,12 @@ def reduced_inputs(layers: Sequence[LayerDerivatives]) -> list[Reduced]:
             reduced += [Reduced(None, rows, None) for rows in inputs]
             continue
         Q, R = torch.linalg.qr(torch.stack(inputs).mT)
-        outside = [None] * len(members)
+        rows, outside = R.mT.contiguous(), None
         if members[-1] > 0:
             within = Q[:, : layers[members[0]].weight.shape[1]]
             outside = (within @ within.mT).neg_()
             outside.diagonal(dim1=1, dim2=2).add_(1)
-        reduced += map(Reduced, Q, R.mT.contiguous(), outside)
+        reduced += [Reduced(Q[i], rows[i], None if outside is None else outside[i]) for i in range(len(members))]
     return reduced
 
 
@@ -57,7 +62,9 @@ def split_right_hand_side(
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
     """Of each layer −(V Q)ᵀ (k, r, a), V⊥ = V − V Q Qᵀ (k, a, d), and λ V⊥ (k, N, a′) without the bias; None where
     zero."""
-    inside, outside, coupled = [], [], []
+    inside: list[Tensor] = []
+    outside: list[Tensor | None] = []
+    coupled: list[Tensor | None] = []
     for members in same_shape_groups(layers):
         if reduced[members[0]].basis is None:
             inside += [-V[i].mT for i in members]
@@ -65,15 +72,15 @@ def split_right_hand_side(
             coupled += [None] * len(members)
             continue
         blocks = torch.stack([V[i] for i in members])  # (g, k, a, d)
-        bases = torch.stack([reduced[i].basis for i in members])  # (g, d, r)
+        bases = torch.stack([reduced[i].Q for i in members])  # (g, d, r)
         within = _times(blocks, bases)
         inside += within.mT.neg()
-        outside += blocks.sub_(_times(within, bases.mT))
+        outside += blocks.sub_(_times(within, bases.mT)).unbind()
         if members[-1] == 0:  # below layer 1 there is nothing
             coupled.append(None)
             continue
         width = layers[members[0]].weight.shape[1]
-        coupled += torch.stack([layers[i].adjoint for i in members])[:, None] @ blocks[..., :width]
+        coupled += (torch.stack([layers[i].adjoint for i in members])[:, None] @ blocks[..., :width]).unbind()
     return inside, outside, coupled
 
 
@@ -89,21 +96,21 @@ def assemble_solution(
     """X = Y Qᵀ + X⊥ (k, a, d) of each layer, from V⊥ and the states t_{ℓ-1} (k, N, a′).
 
     insert_carried: of layers whose X⊥ was carried in part, what puts those parts into X⊥ (k, a, d)."""
-    X = []
+    X: list[Tensor] = []
     for members in same_shape_groups(layers):
         if outside[members[0]] is None:
             X += [Y[i] for i in members]
             continue
-        free = torch.stack([outside[i] for i in members])
-        bases = torch.stack([reduced[i].basis for i in members])  # (g, d, r)
+        free = torch.stack([x for i in members if (x := outside[i]) is not None])
+        bases = torch.stack([reduced[i].Q for i in members])  # (g, d, r)
         last = states[members[-1]]
         if last is not None:
             width = last.shape[2]
-            t = torch.stack([torch.zeros_like(last) if states[i] is None else states[i] for i in members])  # t_0 = 0
+            t = torch.stack([torch.zeros_like(last) if (x := states[i]) is None else x for i in members])  # t_0 = 0
             coupled = torch.stack([layers[i].adjoint for i in members])[:, None].mT @ t  # (g, k, a, a′)
             free += _times(_times(coupled, bases[:, :width]), bases.mT)
             free[..., :width] -= coupled
-        for x, i in zip(free, members, strict=True):
+        for x, i in zip(free.unbind(), members, strict=True):
             x /= epsilons[i]
             if i in insert_carried:
                 insert_carried[i](x)

@@ -62,7 +62,8 @@ def refine(
     v, scale = unit_columns(v)
     norm = column_norms(v)
     norm = torch.where(norm > 0, norm, 1.0)
-    x, r, directions = torch.zeros_like(v), v, []
+    x, r = torch.zeros_like(v), v
+    directions: list[tuple[Tensor, Tensor]] = []
     residual, largest = column_norms(r) / norm, torch.zeros_like(norm)
     history = [residual]
     for _ in range(max_steps):

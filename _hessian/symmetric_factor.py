@@ -130,6 +130,7 @@ def factor_symmetric(
             rest = _factor_rest(G[start:, start:])
             if rest is None:
                 return None
+            assert rest.order is not None and rest.signs is not None
             order = torch.cat([torch.arange(start, device=G.device), start + rest.order])
             G[:start, start:] = G[:start, start:][:, rest.order]
             G[start:, start:] = rest.matrix
@@ -228,9 +229,9 @@ def _converted(packed: np.ndarray, first: np.ndarray, interchanges: np.ndarray) 
     below = np.zeros(m, rows.dtype)
     below[first] = rows[first, first + 1]
     rows[first, first + 1] = 0
-    swaps, left = interchanges.tolist(), np.arange(m)
-    left[first + 1] -= 1  # the columns left of row i's pivot, which its swap moves
-    left, edges, order = left.tolist(), _block_edges(m, first), np.arange(m)
+    swaps, num_left = interchanges.tolist(), np.arange(m)
+    num_left[first + 1] -= 1  # the columns left of row i's pivot, which its swap moves
+    left, edges, order = num_left.tolist(), _block_edges(m, first), np.arange(m)
     for start, stop in zip(edges[-2::-1], edges[:0:-1], strict=True):
         swapped = np.arange(m)
         for i in range(start, stop):
@@ -303,8 +304,8 @@ def _factor_block(block: Tensor, definite_only: bool, definite_first: bool) -> _
     inverse = _lapack("trsm", G)(1.0, found.lower, inverse, diag=1, **_FROM_RIGHT).T
     found.rotate(inverse, 0, len(G))
     inverse *= 1 / found.root
-    inverse, signs = (torch.from_numpy(x).to(block.device) for x in (inverse, found.signs))
-    return _Block(inverse, signs, found.num_negative, found.logabsdet)
+    kept, signs = (torch.from_numpy(x).to(block.device) for x in (inverse, found.signs))
+    return _Block(kept, signs, found.num_negative, found.logabsdet)
 
 
 def _factor_rest(rest: Tensor) -> SymmetricFactor | None:

@@ -20,7 +20,7 @@ from hessian import (
     factorize_hessian,
     hessian_inverse_vector_product,
 )
-from test_hessian import Case, dense_hessian, num_parameters, random_vector, relative, tracked_loss
+from tests.oracles import Case, dense_hessian, num_parameters, random_vector, relative, tracked_loss
 
 ILL_CONDITIONED = (
     Case((16, 12, 14), 3, "relu", inputs=10),
