@@ -1,0 +1,1 @@
+"""What benchmark.py is made of: one measurement a file."""

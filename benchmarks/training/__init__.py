@@ -1,0 +1,1 @@
+"""`benchmark.py training`: `DampedNewton` against rivals at their best settings."""
