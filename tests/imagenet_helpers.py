@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import multiprocessing
 import os
 import socket
@@ -15,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-import imagenet_plan
-import train_imagenet
-from imagenet_plan import Machine, memory_of
-from imagenet_runtime import read_checkpoint
+from imagenet import memory_plan, progress
+from imagenet.checkpoints import read_checkpoint
+from imagenet.data import DummyImages
+from imagenet.memory_plan import Machine, available_memory
 from train_imagenet import main
 
 DUMMY = (
@@ -38,19 +39,19 @@ def flags(text: str, **more: object) -> list[str]:
 
 
 def rates_assumed(args, device: torch.device) -> Machine:
-    return Machine(1e10, 1e10, memory_of(args, device))
+    return Machine(1e10, 1e10, available_memory(args, device))
 
 
 @pytest.fixture(autouse=True)
 def neither_measured_nor_drawn(monkeypatch):
     """The machine is not measured and no curves.png is drawn: they take longer than most of these runs."""
-    monkeypatch.setattr(imagenet_plan, "measure_machine", rates_assumed)
-    monkeypatch.setattr(train_imagenet, "write_curves", lambda *_: None)
+    monkeypatch.setattr(memory_plan, "measure_machine", rates_assumed)
+    monkeypatch.setattr(progress, "write_curves", lambda *_: None)
 
 
 def child(argv: list[str], output: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    imagenet_plan.measure_machine = rates_assumed
+    memory_plan.measure_machine = rates_assumed
     with open(output, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         code = main(argv)
     sys.exit(code)
@@ -143,3 +144,34 @@ def image_tree(tmp_path) -> Path:
 def on_tree(tree: Path, **more: object) -> list[str]:
     text = "--image-size 8 --hidden-dim 12 --num-layers 3 --batch-size 8 --num-workers 0 --device cpu --epochs 1"
     return [*text.split(), *flags("", **{"data_dir": tree, "checkpoint_dir": tree / "runs", **more})]
+
+
+def break_images(tree: Path) -> tuple[Path, Path]:
+    """One truncated in the middle, one empty."""
+    first, second = sorted((tree / "train" / "n01443537").iterdir())[:2]
+    first.write_bytes(first.read_bytes()[: first.stat().st_size // 2])
+    second.write_bytes(b"")
+    return first, second
+
+
+def rename_image(tree: Path) -> str:
+    path = next((tree / "train" / "n01443537").iterdir())
+    path.rename(path.with_name("other.JPEG"))
+    return "image_files"
+
+
+def send_signal_with_the_first_image(monkeypatch, number: int) -> None:
+    item = DummyImages.__getitem__
+
+    def signalled(self, key):
+        os.kill(os.getpid(), number)
+        monkeypatch.setattr(DummyImages, "__getitem__", item)
+        return item(self, key)
+
+    monkeypatch.setattr(DummyImages, "__getitem__", signalled)
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv."""
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))

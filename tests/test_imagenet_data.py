@@ -1,4 +1,4 @@
-"""imagenet_data.py: which files are images, how they are read, and what happens to those that can't be."""
+"""imagenet/data.py: which files are images, how they are read, and what happens to those that can't be."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from imagenet_data import Bad, DataError, Images, open_data, read_image
+from imagenet.data import Bad, DataError, Images, open_data, read_image
 
 
 def save(path: Path, pixels: np.ndarray) -> Path:
@@ -70,22 +70,22 @@ def test_each_real_folder_counts_once(tree):
     a = tree / "train" / "a"
     save(a / "sub" / "5.png", np.zeros((4, 4), np.uint8))
     save(tree / "elsewhere" / "6.png", np.zeros((4, 4), np.uint8))
-    before = [os.path.relpath(path, tree) for path, _ in opened(tree)[0].folder.samples]
+    before = [os.path.relpath(path, tree) for path, _ in opened(tree)[0].samples]
     assert before == ["train/a/0.png", "train/a/sub/5.png", "train/b/1.png"]
     for number, target in enumerate((a, a / "sub", a.parent, tree, Path("/"), tree / "train" / "b")):
         (a / f"loop{number}").symlink_to(target)
         (a / "sub" / f"loop{number}").symlink_to(target)
-    found = opened(tree)[0].folder.samples
+    found = opened(tree)[0].samples
     assert [target for _, target in found] == [0, 0, 1]
     assert [os.path.realpath(path) for path, _ in found] == [str((tree / name).resolve()) for name in before]
     (a / "more").symlink_to(tree / "elsewhere")  # a link out of the tree is followed
-    assert str(a / "more" / "6.png") in [path for path, _ in opened(tree)[0].folder.samples]
+    assert str(a / "more" / "6.png") in [path for path, _ in opened(tree)[0].samples]
 
 
 def test_a_class_folder_may_be_a_link_and_may_not_be_empty(tree):
     (tree / "train" / "b").rename(tree / "stored")
     (tree / "train" / "b").symlink_to(tree / "stored")
-    assert [target for _, target in opened(tree)[0].folder.samples] == [0, 1]
+    assert [target for _, target in opened(tree)[0].samples] == [0, 1]
     (tree / "stored" / "1.png").rename(tree / "stored" / "1.txt")
     with pytest.raises(DataError, match="train/b has no image"):
         opened(tree)

@@ -1,8 +1,7 @@
-"""Images for train_imagenet.py: folders in the layout of ILSVRC2012 or generated ones, decoded, augmented, and batched.
+"""The images: folders in the layout of ILSVRC2012, or generated ones; reading, augmentation, batches.
 
-Everything random about an image is a function of (seed, epoch, index): the order of an epoch and each augmentation
-are drawn from generators seeded by these alone, so that a run that was cut off goes on with the very same pictures,
-whatever the number of workers.
+All that is random about an image is a function of (seed, epoch, index). So a run that was cut off goes on with the same
+pictures, whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import signal
 import stat
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,9 +25,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
+Transform = Callable[[Image.Image], Tensor]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ILSVRC2012
 GRAY_MEAN, GRAY_STD = (0.458,), (0.226,)
-DUMMY_IMAGES, DUMMY_CLASSES = (1_281_167, 50_000), 1000  # as many as ILSVRC2012 has
+DUMMY_IMAGES, DUMMY_CLASSES = (1_281_167, 50_000), 1000  # the numbers of ILSVRC2012
 MAX_ASPECT = 8  # longer side : shorter side; what is beyond never enters the central crop
 # raised for a file that is not a whole image, and for one of more pixels than Image.MAX_IMAGE_PIXELS
 UNREADABLE = (
@@ -38,10 +38,12 @@ UNREADABLE = (
 
 
 class DataError(Exception):
-    """The data is not there, or not as it should be; the message names the path and says what to do."""
+    """The data is missing or wrong. The message names the path and says what to do."""
 
 
 class Bad(NamedTuple):
+    """A file that could not be read."""
+
     path: str
     reason: str
 
@@ -49,17 +51,17 @@ class Bad(NamedTuple):
 class Batch(NamedTuple):
     images: Tensor  # (n, channels, size, size) uint8
     targets: Tensor  # (n,)
-    indices: list[int]  # of the images in the data set
-    bad: list[Bad]  # files that could not be read, and are not in the batch
+    indices: list[int]  # of the images in their set
+    bad: list[Bad]  # not in `images`
 
 
-def generator_of(*key: object) -> torch.Generator:
+def seeded_generator(*key: object) -> torch.Generator:
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
 
 def standardized(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 images (n, channels, size, size) as the network takes them: a batch at once, and on its device."""
+    """Bytes (n, channels, size, size) to numbers of about zero mean and unit variance."""
     statistics = (GRAY_MEAN, GRAY_STD) if images.shape[1] == 1 else (MEAN, STD)
     mean, std = ([255 * value for value in values] for values in statistics)  # white is 255, not 1
     return v2.functional.normalize(images.to(dtype), mean, std, inplace=True)
@@ -103,14 +105,7 @@ def read_image(path: str) -> Image.Image:
 def without_far_ends(image: Image.Image) -> Image.Image:
     """The centre of a very long image; any other unchanged. Resized whole, 30,000 × 1 pixels would take 8 GiB."""
     longest = MAX_ASPECT * min(image.size)
-    return v2.functional.center_crop(image, [min(image.height, longest), min(image.width, longest)])
-
-
-class Folder(NamedTuple):
-    """The images of DIR/train or DIR/val. Both have the classes of the training folder, so that an index means one."""
-
-    classes: list[str]
-    samples: list[tuple[str, int]]  # path and class index
+    return v2.CenterCrop([min(image.height, longest), min(image.width, longest)])(image)
 
 
 def images_below(root: Path, skipped: set[Path]) -> Iterator[str]:
@@ -127,21 +122,52 @@ def images_below(root: Path, skipped: set[Path]) -> Iterator[str]:
         yield from (os.path.join(folder, name) for name in names if name.lower().endswith(IMG_EXTENSIONS))
 
 
-class Images(Dataset):
-    """(epoch, index) → image, class, index, or the Bad file. Epoch None: not augmented."""
+class ImageSet(Dataset):
+    """(epoch, index) → image, class, index; or a Bad file. Epoch None: not augmented."""
 
-    def __init__(self, folder: Folder, transform: v2.Transform, plain: v2.Transform, seed: int):
-        self.folder, self.transform, self.plain, self.seed = folder, transform, plain, seed
+    classes: list[str]
 
     def __len__(self) -> int:
-        return len(self.folder.samples)
+        raise NotImplementedError
+
+    def __getitem__(self, key: tuple[int | None, int]) -> tuple[Tensor, int, int] | Bad:
+        raise NotImplementedError
 
     def name(self, index: int) -> str:
-        return self.folder.samples[index][0]
+        raise NotImplementedError
+
+    def files(self) -> Iterable[str]:
+        """The names of all files, without the folder that --data-dir names."""
+        raise NotImplementedError
+
+
+class Images(ImageSet):
+    """The images of DIR/train or DIR/val. Both have the classes of DIR/train, so that an index means one class."""
+
+    def __init__(
+        self,
+        root: Path,
+        classes: list[str],
+        samples: list[tuple[str, int]],
+        augment: Transform,
+        plain: Transform,
+        seed: int,
+    ):
+        self.root, self.classes, self.samples = root, classes, samples
+        self.augment, self.plain, self.seed = augment, plain, seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name(self, index: int) -> str:
+        return self.samples[index][0]
+
+    def files(self) -> Iterable[str]:
+        return (self.root.name + path.removeprefix(str(self.root)) for path, _ in self.samples)
 
     def __getitem__(self, key: tuple[int | None, int]) -> tuple[Tensor, int, int] | Bad:
         epoch, index = key
-        path, target = self.folder.samples[index]
+        path, target = self.samples[index]
         try:
             image = read_image(path)
         except UNREADABLE as error:
@@ -149,15 +175,16 @@ class Images(Dataset):
         if epoch is None:
             return self.plain(image), target, index
         with torch.random.fork_rng(devices=[]):  # transforms draw from the global generator
-            torch.random.default_generator.set_state(generator_of(self.seed, epoch, index).get_state())
-            return self.transform(image), target, index
+            torch.random.default_generator.set_state(seeded_generator(self.seed, epoch, index).get_state())
+            return self.augment(image), target, index
 
 
-class DummyImages(Dataset):
-    """Noise, a function of the index alone, and classes: enough to run everything but the decoding."""
+class DummyImages(ImageSet):
+    """Noise and a class, functions of the index: enough to run everything but the decoding."""
 
     def __init__(self, size: int, shape: tuple[int, int, int], num_classes: int, part: str):
         self.size, self.shape, self.num_classes, self.part = size, shape, num_classes, part
+        self.classes = [f"{num_classes} generated classes"]
 
     def __len__(self) -> int:
         return self.size
@@ -165,11 +192,28 @@ class DummyImages(Dataset):
     def name(self, index: int) -> str:
         return f"dummy {self.part} image {index}"
 
+    def files(self) -> Iterable[str]:
+        return ()
+
     def __getitem__(self, key: tuple[int | None, int]) -> tuple[Tensor, int, int]:
         _, index = key
-        generator = generator_of(self.part, index)
+        generator = seeded_generator(self.part, index)
         target = int(torch.randint(self.num_classes, (), generator=generator))
         return torch.randint(256, self.shape, dtype=torch.uint8, generator=generator), target, index
+
+
+class Data(NamedTuple):
+    train: ImageSet
+    val: ImageSet
+    num_classes: int
+
+    def files_digest(self) -> str:
+        """A short digest of the names of all files."""
+        digest = hashlib.blake2b(digest_size=8)
+        for images in (self.train, self.val):
+            for name in images.files():
+                digest.update(os.fsencode(name) + b"\0")
+        return digest.hexdigest()
 
 
 def class_folders(root: Path) -> dict[str, Path]:
@@ -186,55 +230,60 @@ def class_folders(root: Path) -> dict[str, Path]:
     return {entry.name: entry for entry in entries}
 
 
-def open_folders(root: Path) -> tuple[Folder, Folder]:
-    """The training and the validation folder, or the DataError that says what is wrong."""
+def list_images(root: Path, paths: dict[str, Path], classes: list[str]) -> list[tuple[str, int]]:
+    """The path and class index of each image below the class folders; DataError if one has no image."""
+    # a link to one of these would bring the images of one class into another
+    skipped = {root.resolve(), *root.resolve().parents, *(path.resolve() for path in paths.values())}
+    samples = []
+    for name, path in paths.items():
+        index, found = classes.index(name), list(images_below(path, skipped))
+        if not found:
+            raise DataError(f"{path} has no image in it (.JPEG, .png, …): fill it, or remove the folder")
+        samples += [(image, index) for image in found]
+    return samples
+
+
+def open_folders(root: Path, augment: Transform, plain: Transform, seed: int) -> Data:
+    """The images below root/train and root/val; DataError if they are not as they should be."""
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise DataError(f"{root} {what}: --data-dir must name a folder with train/ and val/ in it; or pass --dummy")
     train, val = class_folders(root / "train"), class_folders(root / "val")
     if unknown := sorted(set(val) - set(train)):
         raise DataError(f"{val[unknown[0]]} is a class that {root / 'train'} does not have ({len(unknown)} such)")
-    return folder_of(root / "train", train, list(train)), folder_of(root / "val", val, list(train))
+    classes = list(train)
+    train_set, val_set = (
+        Images(folder, classes, list_images(folder, paths, classes), augment, plain, seed)
+        for folder, paths in ((root / "train", train), (root / "val", val))
+    )
+    return Data(train_set, val_set, len(classes))
 
 
-def folder_of(root: Path, paths: dict[str, Path], classes: list[str]) -> Folder:
-    # a link to one of these would bring the images of one class into another
-    skipped = {root.resolve(), *root.resolve().parents, *(path.resolve() for path in paths.values())}
-    indices = {name: index for index, name in enumerate(classes)}
-    samples = []
-    for name, path in paths.items():
-        found = [(image, indices[name]) for image in images_below(path, skipped)]
-        if not found:
-            raise DataError(f"{path} has no image in it (.JPEG, .png, …): fill it, or remove the folder")
-        samples += found
-    return Folder(classes, samples)
-
-
-def open_data(args: argparse.Namespace) -> tuple[Dataset, Dataset, int]:
-    """Training images, validation images, and the number of classes."""
+def open_data(args: argparse.Namespace) -> Data:
+    """The images that the flags name; DataError if they are not as they should be."""
     channels, size = (1 if args.grayscale else 3), args.image_size
     if args.dummy:
         shape, classes = (channels, size, size), args.dummy_classes
         to_validate = max(1, args.dummy * DUMMY_IMAGES[1] // DUMMY_IMAGES[0])
         generated = DummyImages(args.dummy, shape, classes, "train")
-        return generated, DummyImages(to_validate, shape, classes, "val"), classes
+        return Data(generated, DummyImages(to_validate, shape, classes, "val"), classes)
     last = [*([v2.Grayscale()] if args.grayscale else []), v2.PILToTensor()]
+    whole = v2.Compose([v2.Resize((size, size)), *last])
+    if args.augment == "none":
+        return open_folders(args.data_dir, whole, whole, args.seed)
     centre = v2.Compose([without_far_ends, v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *last])
     augmented = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *last])
-    whole = v2.Compose([v2.Resize((size, size)), *last])
-    train, val = open_folders(args.data_dir)
-    random, plain = (augmented, centre) if args.augment == "standard" else (whole, whole)
-    return Images(train, random, plain, args.seed), Images(val, random, plain, args.seed), len(train.classes)
+    return open_folders(args.data_dir, augmented, centre, args.seed)
 
 
 # ------------------------------------------------------------------------------------------------------ batches
 
 
 class Batches:
-    """The batches of an epoch as lists of (epoch, index), this rank's equal share of each; from batch `start` on.
+    """The batches of an epoch, each a list of (epoch, index): this rank's equal share of each, from batch `start` on.
 
-    shuffled: by (seed, epoch); else in order and not augmented. All ranks see the same number of batches, and rank
-    after rank they make up the batch of one process.
+    shuffled: by (seed, epoch). If not, the images come in order and without augmentation.
+    All ranks see the same number of batches. Together, rank after rank, they see the batches of one process.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, shuffled: bool, rank: int, ranks: int):
@@ -248,12 +297,10 @@ class Batches:
         order, epoch, share = torch.arange(self.length), None, self.batch_size // self.ranks
         if self.shuffled:
             epoch = self.epoch
-            order = torch.randperm(self.length, generator=generator_of(self.seed, epoch))
+            order = torch.randperm(self.length, generator=seeded_generator(self.seed, epoch))
         for batch in range(self.start, len(self)):
             begin = batch * self.batch_size + self.rank * share
-            yield [
-                (epoch, index) for index in order[begin : min(begin + share, (batch + 1) * self.batch_size)].tolist()
-            ]
+            yield [(epoch, index) for index in order[begin : begin + share].tolist()]
 
 
 def collate(items: list[tuple[Tensor, int, int] | Bad]) -> Batch:
@@ -265,23 +312,32 @@ def collate(items: list[tuple[Tensor, int, int] | Bad]) -> Batch:
     return Batch(torch.stack(images), torch.tensor(targets), list(indices), bad)
 
 
-def leave_signals_to_the_main_process(_: int) -> None:
-    """A worker that dies of Ctrl-C would take the step and its checkpoint with it; it ends when its parent does."""
+def ignore_signals(_: int) -> None:
+    """Ctrl-C must not end the workers: the main process still takes its step and saves. They end when it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def loader_of(data: Dataset, batches: Batches, num_workers: int, pin_memory: bool) -> DataLoader:
-    return DataLoader(
-        data,
+class Loader(NamedTuple):
+    """An iterable of Batch, and what it is made of."""
+
+    images: ImageSet
+    batches: Batches
+    loader: DataLoader
+
+
+def make_loader(images: ImageSet, batches: Batches, num_workers: int, pin_memory: bool) -> Loader:
+    loader = DataLoader(
+        images,
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        worker_init_fn=leave_signals_to_the_main_process,
+        worker_init_fn=ignore_signals,
         persistent_workers=num_workers > 0,
-        generator=torch.Generator(),  # its base seed shall not come from the global generator
+        generator=torch.Generator(),  # leaves the global generator alone
     )
+    return Loader(images, batches, loader)
 
 
 def available_cores() -> int:

@@ -1,4 +1,4 @@
-"""The model that the flags of train_imagenet.py describe, and the memory and the seconds that a step of it takes."""
+"""The network that the flags describe, and the memory and seconds that a step of it takes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from hessian import DeepMLPWithTracking
-from imagenet_data import DUMMY_CLASSES
-from imagenet_runtime import RunError, World
+from imagenet.data import DUMMY_CLASSES
+from imagenet.messages import RunError
+from imagenet.ranks import World
 from newton import DampedNewton, StepCost
 
 
 def training_bytes(args: argparse.Namespace, num_classes: int, ranks: int) -> int:
     """The bytes of a plain step: weights, gradients, momentum, the ranks' exchange, and the batches.
 
-    Batches wait as bytes, and the present one is numbers. Takes no time, however large the network.
+    Waiting batches are bytes, the present one is numbers. Builds no network, which may be too large to build.
     """
     number = 8 if args.precision == "float64" else 4
     widths = (input_dim(args), *[args.hidden_dim] * min(args.num_layers - 1, 2), num_classes)
@@ -47,16 +48,18 @@ def build_model(args: argparse.Namespace, num_classes: int) -> DeepMLPWithTracki
 
 
 class Machine(NamedTuple):
-    operations: float  # of float64 products, a second
+    operations: float  # a second, in float64 products
     traffic: float  # bytes a second
-    memory: float  # bytes
+    memory: float  # bytes that the run may take
 
 
 def measure_machine(args: argparse.Namespace, device: torch.device) -> Machine:
-    """The rates that turn an estimate into seconds, by a product and by a sum that memory bounds; the baseline has no
-    use for them."""
+    """Time a product, and a sum that memory bounds. Their rates turn an estimate into seconds.
+
+    Without a Hessian step nothing is timed.
+    """
     if not (args.use_hessian or args.estimate):
-        return Machine(math.inf, math.inf, memory_of(args, device))
+        return Machine(math.inf, math.inf, available_memory(args, device))
     size, numbers = (1024, 2**22) if device.type == "cpu" else (8192, 2**28)
     a = torch.rand(size, size, dtype=torch.float64, device=device)
     v = torch.rand(numbers, dtype=torch.float64, device=device)
@@ -70,50 +73,54 @@ def measure_machine(args: argparse.Namespace, device: torch.device) -> Machine:
         return min(times)
 
     return Machine(
-        2 * size**3 / seconds(lambda: a @ a), 16 * numbers / seconds(lambda: v + 1.0), memory_of(args, device)
+        2 * size**3 / seconds(lambda: a @ a), 16 * numbers / seconds(lambda: v + 1.0), available_memory(args, device)
     )
 
 
-def memory_of(args: argparse.Namespace, device: torch.device) -> float:
-    """Bytes that the run may take: as asked for, or what is free."""
+def available_memory(args: argparse.Namespace, device: torch.device) -> float:
+    """The bytes of --memory-gib, or those that are free."""
     if args.memory_gib:
         return args.memory_gib * 2**30
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, StopIteration):  # Linux knows what is free, not only what is there
+    with contextlib.suppress(OSError, StopIteration):  # only Linux tells what is free
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    with contextlib.suppress(OSError, ValueError):  # the limit of a container; 'max' where it has none
+    with contextlib.suppress(OSError, ValueError):  # a container's limit; 'max' if it has none
         group = Path("/sys/fs/cgroup")
         free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     return free
 
 
-def shape_of(args: argparse.Namespace, num_classes: int) -> DeepMLPWithTracking:
-    """The model without its numbers."""
+def meta_model(args: argparse.Namespace, num_classes: int) -> DeepMLPWithTracking:
+    """The network with shapes alone."""
     with torch.device("meta"):
         return build_model(args, num_classes)
 
 
 def step_cost(args: argparse.Namespace, num_classes: int, hessian_batch_size: int) -> StepCost:
     options = dict(curvature=args.curvature, metric=args.metric, weight_decay=args.weight_decay)
-    newton = DampedNewton(shape_of(args, num_classes), curvature_batch=hessian_batch_size, **options)
+    newton = DampedNewton(meta_model(args, num_classes), curvature_batch=hessian_batch_size, **options)
     return newton.estimate_step(args.batch_size)
 
 
-def sizes_of(args: argparse.Namespace) -> list[int]:
-    """Sub-batches that are tried: powers of two, and the whole batch."""
+def sub_batch_sizes(args: argparse.Namespace) -> list[int]:
+    """The sizes to choose from: powers of two, and the whole batch."""
     return [k for n in range(20) if (k := 2**n) < args.batch_size] + [args.batch_size]
 
 
-def plan(args: argparse.Namespace, num_classes: int, machine: Machine, ranks: int) -> tuple[int | None, float]:
-    """The largest sub-batch that memory and --hessian-seconds allow (at least 1, where memory allows that), and what
-    the plain steps take; None where nothing fits."""
+def largest_sub_batch(
+    args: argparse.Namespace, num_classes: int, machine: Machine, ranks: int
+) -> tuple[int | None, float]:
+    """The largest sub-batch that fits into memory and --hessian-seconds, and the bytes of the plain steps.
+
+    1 if every size takes longer, None if no size fits into memory.
+    """
     plain, chosen = training_bytes(args, num_classes, ranks), None
     if plain > machine.memory:
         return None, plain
-    for k in sizes_of(args) if args.use_hessian else ():
+    for k in sub_batch_sizes(args) if args.use_hessian else ():
         cost = step_cost(args, num_classes, k)
         slow = cost.seconds(machine.operations, machine.traffic) > args.hessian_seconds
         if cost.bytes + plain > machine.memory or (slow and chosen):
@@ -128,20 +135,22 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.2g} GiB" if size < 2**33 else f"{size / 2**30:.0f} GiB"
 
 
-def choose_by_cost(args: argparse.Namespace, world: World, num_classes: int) -> None:
-    """Set --hessian-batch-size where it was not given, and say what a step costs; RunError where memory forbids it."""
+def fit_to_memory(args: argparse.Namespace, world: World, num_classes: int) -> None:
+    """Choose --hessian-batch-size if it was not given, and print what a step costs. RunError if it does not fit."""
     machine = world.from_first(lambda: measure_machine(args, world.device))
-    chosen, plain = plan(args, num_classes, machine, world.ranks)
+    chosen, plain = largest_sub_batch(args, num_classes, machine, world.ranks)
     if plain > machine.memory:
-        raise RunError(too_large("a plain step", plain, machine, what_fits(args, num_classes, machine, world.ranks)))
+        raise RunError(
+            too_large_message("a plain step", plain, machine, flags_that_fit(args, num_classes, machine, world.ranks))
+        )
     if not args.use_hessian:
         return
     asked = args.hessian_batch_size
     cost = step_cost(args, num_classes, asked or chosen or 1)
     if cost.bytes + plain > machine.memory:
-        fits = f"--hessian-batch-size {chosen}" if chosen else what_fits(args, num_classes, machine, world.ranks)
+        fits = f"--hessian-batch-size {chosen}" if chosen else flags_that_fit(args, num_classes, machine, world.ranks)
         what = f"a Hessian step on {asked or 1} of {args.batch_size} images"
-        raise RunError(too_large(what, cost.bytes + plain, machine, fits))
+        raise RunError(too_large_message(what, cost.bytes + plain, machine, fits))
     args.hessian_batch_size = asked or chosen
     seconds = cost.seconds(machine.operations, machine.traffic)
     world.say(
@@ -155,12 +164,12 @@ def choose_by_cost(args: argparse.Namespace, world: World, num_classes: int) -> 
     )
 
 
-def too_large(what: str, size: float, machine: Machine, fits: str) -> str:
+def too_large_message(what: str, size: float, machine: Machine, fits: str) -> str:
     return f"{what} takes about {gib(size)}, and {gib(machine.memory)} is free: pass {fits}"
 
 
-def what_fits(args: argparse.Namespace, num_classes: int, machine: Machine, ranks: int) -> str:
-    """The first of a few flags that fit; with --use-hessian, with a sub-batch of one image at least."""
+def flags_that_fit(args: argparse.Namespace, num_classes: int, machine: Machine, ranks: int) -> str:
+    """The first of a few sets of flags that fit, with --use-hessian for a sub-batch of at least one image."""
     narrow = {"image_size": 64, "grayscale": True}
     for flags in (
         {"grayscale": True},
@@ -170,7 +179,7 @@ def what_fits(args: argparse.Namespace, num_classes: int, machine: Machine, rank
         {**narrow, "hidden_dim": max(1, args.hidden_dim // 4), "batch_size": max(1, args.batch_size // 8) * ranks},
     ):
         setup = argparse.Namespace(**{**vars(args), **flags, "hessian_batch_size": None})
-        chosen, plain = plan(setup, num_classes, machine, ranks)
+        chosen, plain = largest_sub_batch(setup, num_classes, machine, ranks)
         if plain <= machine.memory and (chosen or not args.use_hessian):
             words = (
                 f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in flags.items()
@@ -188,7 +197,7 @@ SETTINGS = {
 
 
 def print_estimates(args: argparse.Namespace, world: World) -> None:
-    """What fits for the recommended settings, and the seconds that it takes on this machine."""
+    """Print what fits for the recommended settings, and the seconds of a step on this machine."""
     machine = measure_machine(args, world.device)
     world.say(
         f"Seconds of a step here, at {machine.operations:.2g} float64 operations/s and {machine.traffic:.2g} bytes/s:\n"
@@ -198,7 +207,7 @@ def print_estimates(args: argparse.Namespace, world: World) -> None:
     for name, setting in SETTINGS.items():
         for memory in (24, 80):
             setup = argparse.Namespace(**{**vars(args), **setting, "use_hessian": True, "hessian_seconds": math.inf})
-            k, plain = plan(setup, DUMMY_CLASSES, machine._replace(memory=memory * 2**30), 1)
+            k, plain = largest_sub_batch(setup, DUMMY_CLASSES, machine._replace(memory=memory * 2**30), 1)
             row = f"| {name} | {gib(plain)} | {memory} GiB |"
             if k:
                 cost = step_cost(setup, DUMMY_CLASSES, k)
