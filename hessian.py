@@ -61,7 +61,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from numbers import Integral
 
@@ -743,10 +743,10 @@ def hessian_inverse_vector_product(
         return _factorize(layers, Settings(damping)).solve(v, rtol=rtol)
     columns = checked_vector(v, num_parameters(shapes_of_layers(layers)), layers[0].weight.device)
 
+    factor_shifted = cache(lambda shift: _factorize(layers, Settings(shift)))
+
     def solve(rtol: float) -> MinimumNorm:
-        return minimum_norm(
-            lambda y: _product(layers, y), lambda shift: _factorize(layers, Settings(shift)), columns, rtol
-        )
+        return minimum_norm(partial(_product, layers), factor_shifted, columns, rtol)
 
     found = solve(rtol)
     if not bool((found.residual <= rtol).all()):

@@ -176,6 +176,7 @@ def test_matches_central_differences_of_the_loss():
     assert (v @ hessian_vector_product(model, loss, v)).item() == pytest.approx(second, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_promised_loop():
     """The loop of the documentation, at its sizes, as written: three batches of N = 8, default float32 model."""
     torch.manual_seed(0)

@@ -71,9 +71,12 @@ ACTIVATIONS: dict[str, Activation] = {
 def initialize(layers: Sequence[nn.Linear], skips: Sequence[float], activation: str) -> None:
     """Draw weights so that differences between samples survive forward, and gradients backward, at any depth.
 
-    Each layer's gain undoes the mean-square slope of the activation before it, rows of W that sum to zero keep that
-    activation's mean out, and a branch beside a skip is scaled by 1/√(number of skips). Moments are those of Gaussian
-    pre-activations (mean field); inputs of about unit variance are assumed. Draws from torch's global generator.
+    - Each layer's gain undoes the mean-square slope of the activation before it.
+    - Rows of W sum to zero, which keeps that activation's mean out.
+    - A branch beside a skip is scaled by 1/√(number of skips).
+
+    Moments are those of Gaussian pre-activations (mean field), for inputs of about unit variance. Draws from torch's
+    global generator.
     """
     phi, depth = ACTIVATIONS[activation], len(skips) - sum(skips)
     nodes, weights = (torch.from_numpy(x) for x in np.polynomial.hermite_e.hermegauss(100))
@@ -91,7 +94,7 @@ def initialize(layers: Sequence[nn.Linear], skips: Sequence[float], activation: 
     def slope(variance: float) -> float:
         return gaussian_mean(lambda h: phi.first(h) ** 2, variance)
 
-    # where spread(q)/q grows with q, a sample of larger norm is amplified at every layer: start small enough
+    # where spread(q)/q grows with q, every layer amplifies samples of larger norm: start small enough
     variance = 1.0  # of h over units and samples
     while depth * math.log(spread(1.1 * variance) / spread(variance) / 1.1) > 0.25 * math.log(1.1):
         variance /= 1.5

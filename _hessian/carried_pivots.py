@@ -1,15 +1,15 @@
-"""Carried pivots: coordinates whose elimination would lose digits are left to the layer below.
+"""Carried pivots: coordinates whose elimination would lose digits are eliminated in the layer below.
 
-The pivot G of hessian.py is a Schur complement of layers ℓ … L alone: where it has an eigenvalue near 0 that couples
-strongly, eliminating it would swamp P with digits of no use, though H + εI is no worse. Such coordinates w of Y, and
-parts of X⊥, whose pivot is ε, wait. P is then a quadratic in t and w, and the next pivot that of Y and w:
+The pivot G of hessian.py is a Schur complement of layers ℓ … L alone. It can have an eigenvalue near 0 that couples
+strongly, though H + εI has none. Eliminating it would add numbers to P that are huge and cancel later. Such coordinates
+w of Y, and parts of X⊥ (whose pivot is ε), wait. P is then a quadratic in t and w, and the next pivot that of Y and w:
 
     ½ [t; w]ᵀ [[P, bᵀ], [b, diag(d)]] [t; w]      [[εI + JᵀK J, JᵀK_tw], [·, diag(d)]]      K_tw = φ′bᵀ
     coupling    [S + JᵀK A; K_wt A + σb]
 
-Layer 1, which couples to nothing, eliminates all that is left. At dampings of 1e-3 or more nothing waits, as a rule.
+Layer 1, which couples to nothing, eliminates all that is left. At dampings of 1e-3 or more, nothing waits as a rule.
 
-Reference: Duff & Reid (1983), delayed pivots.
+Reference: Duff & Reid (1983), where they are called delayed pivots.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def prepare(layers: Sequence[LayerDerivatives]) -> SweepInputs:
 
 
 def _natural_scales(layers: Sequence[LayerDerivatives], reduced: Sequence[Reduced]) -> list[float]:
-    """The largest entry of the Hessian of the loss in t_{ℓ-1}, that is of the cost-to-go with nothing eliminated, and
-    with the couplings λ of this layer and those above counted in as curvatures, c I.
+    """The largest entry of the cost-to-go with nothing eliminated: the Hessian of the loss in t_{ℓ-1}.
 
-    With nothing eliminated samples don't mix: P (N, a, a), one pass down of O(N a³) a layer,
+    The couplings λ of this layer and those above are counted as curvatures, c I. With nothing eliminated samples don't
+    mix: P is (N, a, a), and one pass down takes O(N a³) a layer,
 
         P ← TᵀP T + Wᵀdiag(β φ″)W + c I,    T = φ′W + σI
     """

@@ -11,10 +11,9 @@ from _hessian.pivots import CostToGo, Pivot
 
 
 class Memory:
-    """Memory that is used again in every layer: the C library's allocator would leave holes that nothing fits.
+    """Memory that is used again in every layer, since the C library's allocator would leave holes that nothing fits.
 
-    For temporaries, one at a time; and for pivots, where no more than the last `alive` of them are needed. None: each
-    pivot is kept, in memory of its own.
+    It serves one temporary at a time, and the last `alive` pivots; None: each pivot gets memory of its own.
     """
 
     def __init__(self, alive: int | None = None):
@@ -38,9 +37,9 @@ class Memory:
 
 
 class Checkpoints:
-    """Every √L-th cost-to-go, from which a solve recomputes the pivots, once on its way down and once up.
+    """Every √L-th cost-to-go. A solve recomputes the pivots from these, once on its way down and once up.
 
-    eliminate: (index, above, memory) → pivot, its counts, the cost-to-go below; each time to the same bits.
+    eliminate: (index, above, memory) → pivot, its counts, the cost-to-go below, each time with the same bits.
     """
 
     def __init__(self, eliminate: Callable, num_layers: int):

@@ -1,4 +1,4 @@
-"""The last layer's pivot where there are many classes, structured: hessian.py's special case for wide outputs."""
+"""The last layer's pivot for many classes: C blocks of r × r minus a matrix of rank N, in place of a dense matrix."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _CHUNK_BYTES = 2**28  # the couplings of so many classes are formed at a time
 
 
 class ManyClassPivot(NamedTuple):
-    """The last layer's pivot for many classes: G = blockdiag(D_c) − U Uᵀ, D_c = εI + Rᵀ A_c R.
+    """G = blockdiag(D_c) − U Uᵀ, D_c = εI + Rᵀ A_c R.
 
-    A_c = diag_b(d[b, c]) and U[(q, c), b] = R[b, q] u[b, c], by Λ_b = diag(d_b) − u_b u_bᵀ. The direction that adds the
-    same row to every class has neither curvature nor coupling, so it is solved as q̄/ε first; Woodbury's identity,
-    its capacitance I − UᵀD⁻¹U formed without cancellation, works on the zero-sum rest. Without a rank-one term in Λ
-    (mse) the blocks are all. B stays structured.
+    From Λ_b = diag(d_b) − u_b u_bᵀ: A_c = diag_b(d[b, c]) and U[(q, c), b] = R[b, q] u[b, c]. The direction that adds
+    the same row to every class has neither curvature nor coupling: its part q̄ of q is solved by q̄/ε. The rest sums to
+    zero over the classes, and is solved by Woodbury's identity. Its capacitance I − UᵀD⁻¹U is formed without
+    cancellation. Without a rank-one term in Λ (mse) there are only the blocks. B stays structured.
     """
 
     layer: LayerDerivatives

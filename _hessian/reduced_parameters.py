@@ -1,12 +1,12 @@
-"""Reduced parameters: what of a layer's weights acts on the batch, and the rest, eliminated in closed form.
+"""Reduced parameters: the part of a layer's weights that acts on the batch; the rest is eliminated in closed form.
 
 X acts on the batch through z̃ = R Qᵀ only: X = Y Qᵀ + X⊥, X⊥Q = 0. The sweeps of hessian.py solve for Y. X⊥ meets
 nothing but ε and λ:
 
     X⊥ = (V − λᵀ[t, 0]) (I − QQᵀ)/ε
 
-so that it adds −(λλᵀ) ⊗ (I − QQᵀ)/ε, without the bias, to the cost-to-go below, and λ (V − V QQᵀ)/ε to its slope. Where
-N ≥ d there is no such rest. Notation as in hessian.py; (k, …) are the blocks of k right-hand sides.
+So it adds −(λλᵀ) ⊗ (I − QQᵀ)/ε, without the bias, to the cost-to-go below, and λ (V − V QQᵀ)/ε to its slope. Where
+N ≥ d, X⊥ = 0. The notation is hessian.py's; (k, …) are the blocks of k right-hand sides.
 """
 
 from __future__ import annotations
@@ -60,8 +60,7 @@ def _times(blocks: Tensor, matrices: Tensor) -> Tensor:
 def split_right_hand_side(
     layers: Sequence[LayerDerivatives], reduced: Sequence[Reduced], V: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
-    """Of each layer −(V Q)ᵀ (k, r, a), V⊥ = V − V Q Qᵀ (k, a, d), and λ V⊥ (k, N, a′) without the bias; None where
-    zero."""
+    """For each layer −(V Q)ᵀ (k, r, a), V⊥ = V − V Q Qᵀ (k, a, d), and λ V⊥ (k, N, a′) without the bias; None for 0."""
     inside: list[Tensor] = []
     outside: list[Tensor | None] = []
     coupled: list[Tensor | None] = []
@@ -95,7 +94,8 @@ def assemble_solution(
 ) -> list[Tensor]:
     """X = Y Qᵀ + X⊥ (k, a, d) of each layer, from V⊥ and the states t_{ℓ-1} (k, N, a′).
 
-    insert_carried: of layers whose X⊥ was carried in part, what puts those parts into X⊥ (k, a, d)."""
+    insert_carried: for layers whose X⊥ was carried in part, what writes that part into X⊥ (k, a, d).
+    """
     X: list[Tensor] = []
     for members in same_shape_groups(layers):
         if outside[members[0]] is None:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 UNIT_ROUNDOFF = 2.0**-53
 NULL = 1e-12  # relative to ‖A‖: what `minimum_norm` takes for the null space
-MAX_REFINEMENTS = 40
-_PATIENCE = 5  # refinement above rtol goes on while the residual halves in this many steps
-_MAX_DIRECTIONS = 20  # GCR combines a correction with at most so many earlier ones
-_SHIFTS = (1e-8, 1e-10)  # relative to ‖A‖; the smaller resolves more eigenvalues, and its solves take more steps
-_SHIFTED_RTOL = 1e-8  # of solves with A + δI: at the larger shift in one direct solve, or two
+MAX_REFINEMENTS = 40  # steps
+_PATIENCE = 5  # above rtol, stop where the residual did not halve in so many steps
+_MAX_DIRECTIONS = 20  # a correction is combined with at most so many earlier ones
+_SHIFTS = (1e-8, 1e-10)  # δ/‖A‖, tried in turn; the smaller resolves more eigenvalues, but its solves take more steps
+_SHIFTED_RTOL = 1e-8  # of solves with A + δI
 
 
 class Refined(NamedTuple):
@@ -50,12 +50,12 @@ def refine(
     null: float = 0.0,
     max_steps: int = MAX_REFINEMENTS,
 ) -> Refined:
-    """Refine x = 0 towards A x = v, all columns at once, until the residual meets `target` or stalls.
+    """Refine x = 0 towards A x = v, all columns at once, until the residual meets `target` or stops falling.
 
-    GCR: each correction is scaled, and combined with the earlier ones, so that the residual is as small as can be. With
-    a good factorization a step is one of iterative refinement; where refinement would contract slowly or diverge,
-    it is a Krylov method. The residual is that of x, by a product, after each step; a step that doesn't lower it is
-    dropped. Above `rtol`, slow progress goes on.
+    GCR (Eisenstat, Elman & Schultz 1983), a residual-minimizing Krylov method with the factorization as preconditioner:
+    each correction is combined with the earlier ones and scaled so that the residual is smallest. With a good
+    factorization a step is one of iterative refinement. Unlike plain GCR it computes the residual anew by a product
+    after each step, and drops a step that doesn't lower it. null: a direction z with ‖A z‖ < null ‖z‖ is not used.
     """
     if v.shape[1] == 0:
         return Refined(v, v.new_zeros(0))
@@ -74,26 +74,19 @@ def refine(
             for old_z, old_w in directions:
                 overlap = (old_w * w).sum(0)
                 z, w = z - overlap * old_z, w - overlap * old_w
-        # a direction that A sees only as rounding (‖A z‖ < null ‖z‖) would fit noise with an x without bound
+        # such a direction would fit rounding with an x without bound
         length = torch.where(column_norms(w) < null * column_norms(z), math.nan, column_norms(w))
         z, w = z / length, w / length
         step = (w * r).sum(0)
         candidate = x + step * z
-        # from x = 0, A x is step · w itself
         candidate_r = r - step * w if len(history) == 1 else v - product(candidate)
         better = column_norms(candidate_r) / norm < residual  # False for NaN
         x, r = torch.where(better, candidate, x), torch.where(better, candidate_r, r)
         residual = column_norms(r) / norm
         history.append(residual)
-        # no product shows less than u ‖A‖ ‖x‖ / ‖v‖; ‖A‖ from below, by the products seen
+        # rounding: no product shows less than u ‖A‖ ‖x‖ / ‖v‖; ‖A‖ from below, by the products seen
         floor = UNIT_ROUNDOFF * largest * column_norms(x) / norm
-        falling = residual < 0.5 * history[-2]
-        if len(history) > 2:  # a rate that breaks down below rtol has met rounding: one more step would only show it
-            falling &= (residual > rtol) | (residual * history[-3] < 100 * history[-2] ** 2)
-        if len(history) > _PATIENCE:
-            falling |= (residual > rtol) & (residual < 0.5 * history[-1 - _PATIENCE])
-        else:
-            falling |= residual > rtol
+        falling = _is_falling(history, rtol)
         if not bool((falling & (residual > floor) & (residual > target)).any()):
             break
         improved = bool(better.any())
@@ -101,6 +94,19 @@ def refine(
             break  # the next step would be the same
         directions = [*directions, (z, w)][-_MAX_DIRECTIONS:] if improved else []
     return Refined(x * scale, residual)
+
+
+def _is_falling(history: list[Tensor], rtol: float) -> Tensor:
+    """(k,) whether one more step is worth its cost, from the residuals (k,) after each step so far."""
+    residual = history[-1]
+    falling = residual < 0.5 * history[-2]
+    if len(history) > 2:  # below rtol, a rate that breaks down has met rounding
+        falling &= (residual > rtol) | (residual * history[-3] < 100 * history[-2] ** 2)
+    if len(history) > _PATIENCE:
+        falling |= (residual > rtol) & (residual < 0.5 * history[-1 - _PATIENCE])
+    else:
+        falling |= residual > rtol
+    return falling
 
 
 def spectral_norm(product: Callable[[Tensor], Tensor], like: Tensor) -> float:
@@ -130,13 +136,14 @@ class MinimumNorm(NamedTuple):
 def minimum_norm(
     product: Callable[[Tensor], Tensor], factor_shifted: Callable[[float], Shifted], v: Tensor, rtol: float
 ) -> MinimumNorm:
-    """The minimum-norm x with A x = v for a singular symmetric A, v (P, k) in its range; see `residual` for success.
+    """The minimum-norm x with A x = v for a singular symmetric A and v (P, k) in its range.
 
-    Outer: GCR on A, preconditioned by (A + δI)⁻¹ with a small shift δ, which leaves the range of A invariant. Inner:
-    each of these solves is itself refined on A + δI to _SHIFTED_RTOL, since rounding in the null space, which A can't
-    see, is amplified by 1/δ; and the outer iteration stops short of the rounding level, where a residual is null-space
-    noise.
-    A part of v outside the range, if rtol lets it pass, is amplified likewise; x is freed of it at the end.
+    The residual tells whether it was found.
+
+    The outer iteration is GCR on A. Its preconditioner, (A + δI)⁻¹ with a small shift δ, leaves the range of A
+    invariant. Each of these solves is itself refined, since rounding in the null space is amplified by 1/δ and A can't
+    see it. The outer iteration stops above the rounding level, where a residual is noise from the null space. A part of
+    v outside the range, if rtol lets it pass, is amplified too; x is freed of it at the end.
     """
     if not bool(v.any()):
         return MinimumNorm(torch.zeros_like(v), v.new_zeros(v.shape[1]), 0.0, None)

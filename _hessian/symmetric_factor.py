@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -14,15 +14,15 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 BLOCK = 128  # symmetric matrices are factored, updated, and mirrored by blocks of this size
-# A block of pivots may add _SAFE_GROWTH times ε to the rest, whose rounding is 1e-11 ε; at least once, and at most so
-# many times, G's largest entry.
+# What a block of pivots may add to the rest of G: _SAFE_GROWTH times ε, whose rounding is 1e-11 ε; but no less and no
+# more than so many times G's largest entry.
 _SAFE_GROWTH = 1e5
 _PIVOT_GROWTH = (1.0, 1e3)
 
 
 class SymmetricFactor(NamedTuple):
-    """Π G Πᵀ = F Σ Fᵀ, Σ = ±1, F block lower triangular with the inverses of its diagonal blocks F_kk kept: products
-    alone are left, which run at full rate on every device, as triangular solves don't."""
+    """Π G Πᵀ = F Σ Fᵀ, Σ = ±1, F block lower triangular. The inverses of its diagonal blocks F_kk are kept, so that all
+    solves are products: these run at full rate on every device, triangular solves don't."""
 
     matrix: Tensor  # (m, m) F_kk⁻¹ in the diagonal blocks, the rows of Fᵀ to the right of them; the rest is not read
     edges: list[int]  # rows edges[k] … edges[k + 1] are block k
@@ -37,7 +37,7 @@ class SymmetricFactor(NamedTuple):
         return len(self.edges) == 2 and self.order is None
 
     def whiten(self, B: Tensor) -> Tensor:
-        """F⁻¹ Π B for B (m, n), row-major, in its memory but where there is one block."""
+        """F⁻¹ Π B for B (m, n), row-major; in B's memory, unless there is one block."""
         if self.is_one_block:
             return self.matrix @ B
         if self.order is not None:
@@ -49,7 +49,7 @@ class SymmetricFactor(NamedTuple):
             rows.copy_(self.matrix[start:stop, start:stop] @ rows)
         return B
 
-    # Of a few vectors, as rows of b (k, m): as columns, BLAS' thin products are up to fifty times slower.
+    # A few vectors are the rows of b (k, m): as columns, BLAS' thin products are up to fifty times slower.
 
     def whiten_vectors(self, b: Tensor) -> Tensor:
         """F⁻¹ Π of each row of b (k, m), which may be overwritten."""
@@ -89,13 +89,13 @@ class SymmetricFactor(NamedTuple):
 def factor_symmetric(
     G: Tensor, epsilon: float = 1.0, *, definite_only: bool = False, definite_first: bool = True
 ) -> SymmetricFactor | None:
-    """Factor G (m, m), which is overwritten; None where a pivot is exactly zero, or, where `definite_only`, where G is
-    not positive definite. epsilon: the damping in G. definite_first: try Cholesky until it fails; it has no pivoting,
-    which sets eigenvalues near 0 apart.
+    """Factor G (m, m), which is overwritten. None where a pivot is exactly zero; with `definite_only`, where G is not
+    positive definite. epsilon: the damping in G. definite_first: try Cholesky until it fails.
 
-    Pivots are chosen within each block of BLOCK rows, until one would add too much to the rest (_PIVOT_GROWTH): its own
-    eigenvalues may be near 0 though G has none. From there on they are chosen in all that is left; in float32, which
-    has no digits to lose, from the first block that is not positive definite.
+    A block of BLOCK rows is factored by Cholesky where that exists, else by LDLᵀ with Bunch–Kaufman pivots from within
+    the block. A block can have eigenvalues near 0 though G has none. Where one would therefore add too much to the rest
+    (_PIVOT_GROWTH), pivots are chosen from all of the rest. In float32, which has no digits to lose, that begins at the
+    first block that is not positive definite.
     """
     m = G.shape[0]  # len(G) takes ten times as long
     if m <= BLOCK:
@@ -155,9 +155,12 @@ _BLAS_THREADS = ThreadpoolController().select(user_api="blas")
 
 
 @contextmanager
-def one_pool(device: torch.device):
-    """LAPACK's pool of threads does not work beside torch's, each of which spins, while it waits for work, on the cores
-    that the other needs: small sweeps took ten times as long. What it was set to comes back at the end."""
+def one_pool(device: torch.device) -> Iterator[None]:
+    """Give SciPy's BLAS and LAPACK one thread, until the end of the block.
+
+    Torch has a pool of threads of its own. Each pool spins while it waits for work, on the cores that the other needs:
+    with both, small sweeps took ten times as long.
+    """
     if device.type != "cpu":
         yield
         return
@@ -222,9 +225,11 @@ def _block_edges(m: int, first: np.ndarray) -> list[int]:
 
 
 def _converted(packed: np.ndarray, first: np.ndarray, interchanges: np.ndarray) -> np.ndarray:
-    """Turn what sytrf left into L, in place, and return what is below D's diagonal: LAPACK's syconv. That swaps whole
-    rows, one after the other, which takes half of the factorization's time where columns are contiguous: here a row is
-    swapped in its own block of columns, and those of the blocks before are gathered once."""
+    """Turn what sytrf left into L, in place, and return what is below D's diagonal, as LAPACK's syconv does.
+
+    syconv swaps whole rows, one after the other. With contiguous columns that takes half of the factorization's time.
+    Here a row is swapped in its own block of columns only, and the blocks before are gathered once.
+    """
     rows, m = packed.T, len(packed)  # of Lᵀ
     below = np.zeros(m, rows.dtype)
     below[first] = rows[first, first + 1]
@@ -282,8 +287,8 @@ _FROM_RIGHT = dict(side=1, lower=1, trans_a=1, overwrite_b=1)  # a row-major mat
 
 
 def _factor_block(block: Tensor, definite_only: bool, definite_first: bool) -> _Block | None:
-    """By Cholesky, or where there is none, or none is tried, by LDLᵀ: then F = Πᵀ L V |D|^½. None where a pivot is
-    zero, or, where `definite_only`, one is negative. On another device two transfers, and a synchronization."""
+    """By Cholesky, where that is tried and exists, else by LDLᵀ: F = Πᵀ L V |D|^½. None where a pivot is zero; with
+    `definite_only`, where one is negative. On another device it costs two transfers and a synchronization."""
     G = block.numpy(force=True)
     inverse = np.eye(len(G), dtype=G.dtype).T
     if definite_first or definite_only:
@@ -309,7 +314,7 @@ def _factor_block(block: Tensor, definite_only: bool, definite_first: bool) -> _
 
 
 def _factor_rest(rest: Tensor) -> SymmetricFactor | None:
-    """By LDLᵀ with pivots from all of it, as a factor with blocks; None where a pivot is zero."""
+    """By LDLᵀ with pivots from all of it. None where a pivot is zero."""
     G = rest.numpy(force=True)
     found = _pivoted(G)
     if found is None:
@@ -332,8 +337,10 @@ def _factor_rest(rest: Tensor) -> SymmetricFactor | None:
 
 
 def subtract_gram(P: Tensor, W: Tensor, signs: Tensor | None) -> Tensor:
-    """P ← P − Wᵀ Σ W in the blocks of P (n, n) on and below its diagonal, in place, for W (m, n) and the diagonal of
-    Σ (m, 1), or None for Σ = I. Where P is small, in all of it. Returns Σ W, in W's memory where P is not small."""
+    """P ← P − Wᵀ Σ W in place, for P (n, n), W (m, n) and the diagonal of Σ (m, 1), or None for Σ = I. Returns Σ W.
+
+    Where P is large, only its blocks on and below the diagonal change, and Σ W takes W's memory.
+    """
     if P.shape[0] <= BLOCK:
         signed = W if signs is None else signs * W
         P.addmm_(signed.mT, W, alpha=-1)
@@ -351,8 +358,11 @@ def largest_entry(P: Tensor) -> Tensor:
 
 
 def mirror(P: Tensor) -> None:
-    """Copy the blocks below the diagonal, as `subtract_gram` leaves them, to above it, and make those on it symmetric:
-    what is not would grow from layer to layer, out of the factor's sight, which reads one triangle."""
+    """Copy the blocks below the diagonal, as `subtract_gram` leaves them, to above it.
+
+    Those on the diagonal are made symmetric. Otherwise their rounding would grow from layer to layer, unseen by the
+    factorization, which reads one triangle.
+    """
     if P.shape[0] <= BLOCK:
         return
     for start in range(0, len(P), BLOCK):

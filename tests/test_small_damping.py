@@ -50,11 +50,12 @@ REACH = (
     Case((8,) * 29, 5, residual=True, inputs=8),
 )
 
-REACH += (UNCARRIED, Case((20,) * 9, 5, "relu", inputs=20, classes=10))
+REACH += (UNCARRIED,)
+LARGE = pytest.param(Case((20,) * 9, 5, "relu", inputs=20, classes=10), marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
-    "case", REACH, ids=lambda case: f"{len(case.hidden)}x{case.hidden[0]}-{case.batch}-{case.activation}"
+    "case", [*REACH, LARGE], ids=lambda case: f"{len(case.hidden)}x{case.hidden[0]}-{case.batch}-{case.activation}"
 )
 def test_reach(case):
     """ε from 10 to 1e-8: the residual is that of a dense LU with one refinement, inertia and determinant are exact."""
