@@ -36,12 +36,16 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-import train_imagenet
 from benchmarks.report import markdown_row, table, write_table
 from hessian import DeepMLPWithTracking
-from imagenet_data import MEAN, STD, DataError, Images, open_data, standardized
-from imagenet_plan import measure_machine
-from imagenet_runtime import Signals, World, read_checkpoint
+from imagenet.checkpoints import read_checkpoint
+from imagenet.command_line import parse
+from imagenet.data import MEAN, STD, DataError, Images, open_data, standardized
+from imagenet.main import main as train_imagenet
+from imagenet.memory_plan import build_model, measure_machine
+from imagenet.ranks import Signals, World
+from imagenet.run_setup import build_run
+from imagenet.training import train_epoch
 from newton import DampedNewton
 
 LEARNING_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
@@ -96,12 +100,12 @@ def write_photographs(root: Path, count: int, size: tuple[int, int]) -> None:
 
 def our_epoch(argv: list[str]) -> Callable[[], float]:
     """Seconds of one epoch of train_imagenet.py's loop."""
-    args = train_imagenet.parse(argv)
-    run = train_imagenet.build_run(args, World(0, 1, CPU), Signals(), open_data(args), None)
+    args = parse(argv)
+    run = build_run(args, World(0, 1, CPU), Signals(), open_data(args), None)
 
     def epoch() -> float:
         run.progress.batch, run.progress.sums = 0, {}
-        train_imagenet.train_epoch(run)
+        train_epoch(run)
         run.progress.epoch += 1
         return run.progress.sums["seconds"]
 
@@ -110,7 +114,7 @@ def our_epoch(argv: list[str]) -> Callable[[], float]:
 
 def bare_epoch(argv: list[str]) -> Callable[[], float]:
     """The same data, network and optimizer as anybody would write them."""
-    args = train_imagenet.parse(argv)
+    args = parse(argv)
     transform = v2.Compose(
         [
             v2.RandomResizedCrop(args.image_size),
@@ -142,7 +146,7 @@ def bare_epoch(argv: list[str]) -> Callable[[], float]:
 
 def decoded_per_second(argv: list[str]) -> float:
     """Images a second of the data set alone, in one process."""
-    train, _, _ = open_data(train_imagenet.parse(argv))
+    train, _, _ = open_data(parse(argv))
     assert isinstance(train, Images)
     began = time.perf_counter()
     for index in range(len(train)):
@@ -195,7 +199,7 @@ def resident_bytes(field: str) -> int:
 def measure_step(shape: StepShape) -> MeasuredStep:
     """One Hessian step in this process."""
     torch.manual_seed(0)
-    args = train_imagenet.parse(["--estimate", "--image-size", str(shape.image_size)])
+    args = parse(["--estimate", "--image-size", str(shape.image_size)])
     rates = measure_machine(args, CPU)
     before = resident_bytes("VmRSS")
     model = DeepMLPWithTracking(3 * shape.image_size**2, shape.width, 1000, shape.layers - 1)
@@ -273,15 +277,15 @@ def train(argv: list[str], folder: Path) -> Trained | None:
     """The end of a run of train_imagenet.py; None if it ended with an error."""
     argv = [*argv, "--checkpoint-dir", str(folder)]
     with contextlib.redirect_stdout(io.StringIO()):
-        code = train_imagenet.main(argv)
+        code = train_imagenet(argv)
     if code >= 128:
         raise KeyboardInterrupt
     if code:
         return None
-    args = train_imagenet.parse(argv)
+    args = parse(argv)
     images, _, classes = open_data(args)
     assert isinstance(images, Images)
-    model = train_imagenet.build_model(args, classes)
+    model = build_model(args, classes)
     state = read_checkpoint(folder / "last.pt")
     model.load_state_dict(state["model"])
     x, y, _ = zip(*(images[None, index] for index in range(len(images))), strict=True)
