@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.memory import memory
+from benchmarks.problems import BenchmarkError
 from benchmarks.reach import reach
 from benchmarks.report import write_plots, write_table
 from benchmarks.scaling import batch, layers, rhs, shapes, width
@@ -44,8 +45,7 @@ def threads(text: str) -> int:
     return int(text)
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+def measure(argv: list[str]) -> None:
     if argv[:1] == ["training"]:
         from benchmarks.training.command import main as training
 
@@ -66,8 +66,16 @@ def main(argv: list[str] | None = None) -> int:
     report = COMMANDS[args.command](args.quick)
     if report.panels:
         write_plots(args.out_dir / f"{args.command}.png", report.panels)
-    flags = " --quick" * args.quick + (f" --threads {args.threads}" if args.threads != 1 else "")
+    flags = " --quick" * args.quick + f" --threads {args.threads}" * (args.threads != 1)
     write_table(args.out_dir / f"{args.command}.md", args.command + flags, report.lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        measure(sys.argv[1:] if argv is None else argv)
+    except (BenchmarkError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

