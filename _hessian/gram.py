@@ -1,17 +1,17 @@
-"""Damped Gauss–Newton steps by the Gram matrix: N K unknowns in place of P, for any number of dampings.
+"""Gauss–Newton systems by the Gram matrix: N K unknowns instead of P, for any number of dampings.
 
-With Λ_b = S_b S_bᵀ the Gauss–Newton matrix of the loss is JᵀJ, J (K N, P) the Jacobian of the scaled logits Sᵀh_L, K
-the columns of S. One backward pass of K columns a sample gives E_ℓ = S_bᵀ ∂h_L/∂h_ℓ, and for a metric D that is a
-Kronecker product in each layer, D_ℓ = Ω_ℓ ⊗ A_ℓ (Ω on the outputs, A on the inputs), the Gram matrix is a sum of
-Hadamard products, never of size P:
+Let Λ_b = S_b S_bᵀ for each sample b, with K columns in S. Then the Gauss–Newton matrix of the loss is JᵀJ, where
+J (K N, P) is the Jacobian of the scaled logits Sᵀh_L. One backward pass of K columns a sample gives
+E_ℓ = S_bᵀ ∂h_L/∂h_ℓ. Let the metric D be a Kronecker product in each layer, D_ℓ = Ω_ℓ ⊗ A_ℓ, Ω on the outputs and A on
+the inputs. Then the Gram matrix M is a sum of Hadamard products, and nothing of size P × P is formed:
 
     M = J D⁻¹ Jᵀ = Σ_ℓ (E Ω_ℓ⁻¹ Eᵀ) ∘ (z̃ A_ℓ⁻¹ z̃ᵀ)
     (JᵀJ + λD) x = −Jᵀw − g   ⇔   x = −D⁻¹ (Jᵀy + g/λ),   y = (M + λ)⁻¹ (w − J D⁻¹g/λ)
 
-Cost: 2 (N K)² Σ (a + 1) operations for M, (N K)³/3 for each λ, and 4 N Σ a³ for the metric 'state'. An L2 term ½c‖θ‖²
-adds cI: exactly, see `GramSystem`.
+Cost: 2 (N K)² Σ (a + 1) operations for M, (N K)³/3 for each λ, and 4 N Σ a³ for metric='state'. `GramSystem` says how
+an L2 term enters.
 
-Notation as in hessian.py. Layers of one shape are stacked and treated together: g layers in a group.
+Notation as in hessian.py. Neighbouring layers of one shape are stacked: g layers in a group.
 
 References: Jacot, Gabriel & Hongler (2018), the Gram matrix; Martens & Grosse (2015), Kronecker factors of a layer and
 the split π of their damping; Tassa, Erez & Todorov (2012), steps measured in states.
@@ -38,23 +38,23 @@ from _hessian.layers import (
 )
 from _hessian.symmetric_factor import factor_symmetric
 
-_LARGEST_RESIDUAL = 1e100  # of √N w; beyond it squares overflow
-
 
 class ScaledOutput(NamedTuple):
+    """The square root of Λ, and the residual w."""
+
     root: Tensor  # (N, C, K) S with Λ_b = S_b S_bᵀ
     residual: Tensor  # (N, K) w with λ_b = S_b w_b
 
 
 def scaled_output(layer: LayerDerivatives) -> ScaledOutput:
-    """S and w of the last layer; K = C, or C − 1 where the columns of Λ_b sum to zero.
+    """S and w of the output layer; K = C, or C − 1 where the columns of Λ_b sum to zero.
 
-    There, S_b = (diag(√π) − π√πᵀ)/√N times the columns but one of the Householder matrix that takes √π to e_r, r the
-    likeliest class; in closed form nothing cancels where π_r is nearly 1.
+    In the latter case let r be the likeliest class, and Q the Householder matrix that takes √π to e_r. Then S_b is
+    (diag(√π) − π√πᵀ)/√N times all columns of Q but r. In this closed form nothing cancels where π_r is nearly 1.
     """
-    d, adjoint = layer.output.diagonal, layer.adjoint  # (N, C)
+    d, adjoint = layer.loss_hessian.diagonal, layer.adjoint  # (N, C)
     N, C = d.shape
-    if not layer.output.zero_sum:
+    if not layer.loss_hessian.zero_sum:
         root = d.sqrt()
         return ScaledOutput(torch.diag_embed(root), adjoint / root)
     scale = d.sum(1, keepdim=True).sqrt()  # √(1/N): Λ_b = (diag(π) − ππᵀ) scale²
@@ -89,7 +89,9 @@ def output_jacobians(layers: Sequence[LayerDerivatives], root: Tensor) -> list[T
 
 
 def state_weights(layers: Sequence[LayerDerivatives]) -> list[Tensor]:
-    """Ω_ℓ (a, a) of each hidden layer: uᵀΩ u = Σ_j ‖δh_j‖² over hidden j ≥ ℓ, if h_ℓ changes by u; mean over samples.
+    """Ω_ℓ (a, a) of each hidden layer: what a change u of h_ℓ does to all hidden pre-activations, mean over samples.
+
+    uᵀΩ u = Σ_j ‖δh_j‖² over hidden layers j ≥ ℓ, by the recursion
 
     Ω_{ℓ,b} = I + φ′Π_ℓ φ′,   Π_{ℓ-1} = WᵀΩ_ℓ W + σ (Wᵀφ′Π_ℓ + Π_ℓ φ′W) + σ²Π_ℓ,   Π_{L-1} = 0,   W = W_ℓ
     """
@@ -114,22 +116,14 @@ def state_weights(layers: Sequence[LayerDerivatives]) -> list[Tensor]:
     return Omega[::-1]
 
 
-class _Group(NamedTuple):
-    """g consecutive layers of one shape, whitened by their part of the metric, D_ℓ = Ω_ℓ ⊗ A_ℓ."""
+class _LayerGroup(NamedTuple):
+    """g neighbouring layers of one shape, whitened by their part of the metric, D_ℓ = Ω_ℓ ⊗ A_ℓ."""
 
     inputs: Tensor  # (g, N, d) z̃ C⁻ᵀ
     outputs: Tensor  # (g, a, K N) F⁻¹ Eᵀ
     output_factor: Tensor | None  # (g, a, a) F: Ω = F Fᵀ; None: the identity
     input_factor: Tensor  # (g, d, d) C: A = C Cᵀ; or (g or 1, 1, 1), a multiple of the identity
     width: int  # a′, the inputs but the bias
-
-    @classmethod
-    def of(cls, inputs: Tensor, outputs: Tensor, F: Tensor | None, C: Tensor, width: int) -> _Group:
-        """From z̃ (g, N, d) and Eᵀ (g, a, K N)."""
-        if F is not None:
-            outputs = torch.linalg.solve_triangular(F, outputs, upper=False)
-        whitened = _solve_right(C.mT, inputs, upper=True)
-        return cls(whitened, outputs.contiguous(), F, C, width)  # `transpose` sums over K
 
     def unwhiten(self, U: Tensor) -> Tensor:
         """F⁻ᵀ U C⁻¹ for U (g, a, d)."""
@@ -172,25 +166,25 @@ def _solve_right(C: Tensor, X: Tensor, upper: bool) -> Tensor:
     return X / C if C.shape[2] == 1 else torch.linalg.solve_triangular(C, X, upper=upper, left=False)
 
 
-def _plain_group(inputs: Tensor, outputs: Tensor, multiple: float, width: int) -> _Group:
-    """D = multiple · I."""
+def _identity_group(inputs: Tensor, outputs: Tensor, multiple: float, width: int) -> _LayerGroup:
+    """D = multiple · I, for z̃ (g, N, d) and Eᵀ (g, a, K N)."""
     root = math.sqrt(multiple)
-    return _Group(inputs, outputs / root, None, inputs.new_full((1, 1, 1), root), width)
+    return _LayerGroup(inputs, outputs / root, None, inputs.new_full((1, 1, 1), root), width)
 
 
 def split_damping(Omega: Tensor, inputs: Tensor, rho: float) -> tuple[Tensor, Tensor]:
-    """√ρ π and √ρ/π (…), what is added to the factors Ω (…, a, a) and A = z̃ᵀz̃/N, π² = (tr Ω / a) / (tr A / d)."""
+    """√ρ π and √ρ/π (…), to be added to Ω (…, a, a) and to A = z̃ᵀz̃/N. π² = (tr Ω / a) / (tr A / d)."""
     mean_Omega, mean_A = Omega.diagonal(dim1=-2, dim2=-1).mean(-1), inputs.square().mean((-2, -1))
     # dead inputs (A = 0) leave nothing to balance
     pi = torch.where(mean_A > 0, mean_Omega / mean_A, 1.0).sqrt()
     return math.sqrt(rho) * pi, math.sqrt(rho) / pi
 
 
-def _state_group(inputs: Tensor, outputs: Tensor, Omega: Tensor, rho: float, width: int) -> _Group:
-    """D = (Ω + √ρ π I) ⊗ (A + (√ρ/π) I), π as `split_damping` has it; inputs (g, N, d).
+def _state_group(inputs: Tensor, outputs: Tensor, Omega: Tensor, rho: float, width: int) -> _LayerGroup:
+    """D = (Ω + √ρ π I) ⊗ (A + (√ρ/π) I), π as in `split_damping`, for z̃ (g, N, d) and Eᵀ (g, a, K N).
 
-    A = z̃ᵀz̃/N; or, where so few samples can't tell it, N < d, its multiple of the identity of the same trace: directions
-    that no sample of a sub-batch has would otherwise cost next to nothing.
+    A = z̃ᵀz̃/N. With fewer samples than inputs, N < d, A is the multiple of the identity with the same trace: directions
+    that no sample has would otherwise cost next to nothing.
     """
     N, d = inputs.shape[1:]
     of_Omega, of_A = (x[:, None] for x in split_damping(Omega, inputs, rho))
@@ -202,16 +196,18 @@ def _state_group(inputs: Tensor, outputs: Tensor, Omega: Tensor, rho: float, wid
         A = inputs.mT @ inputs / N
         A.diagonal(dim1=1, dim2=2).add_(of_A)
         C = torch.linalg.cholesky(A)
-    return _Group.of(inputs, outputs, torch.linalg.cholesky(Omega), C, width)
+    F = torch.linalg.cholesky(Omega)
+    outputs = torch.linalg.solve_triangular(F, outputs, upper=False).contiguous()  # `transpose` sums over K
+    return _LayerGroup(_solve_right(C.mT, inputs, upper=True), outputs, F, C, width)
 
 
 class DampedSystem(NamedTuple):
-    """M + λ, factored: one λ of a `GramSystem`."""
+    """M + λ, factored: a `GramSystem` at one λ."""
 
-    groups: list[_Group]
+    groups: list[_LayerGroup]
     matrix: Tensor  # (K N, K N) M
     factor: Tensor  # (K N, K N) the Cholesky factor of M + λ
-    damping: float  # λ; with metric 'parameter' c is in it
+    damping: float  # λ; with metric='parameter', λ + c
     shape: tuple[int, int]  # K, N
 
     def solve(self, y: Tensor) -> Tensor:
@@ -220,15 +216,16 @@ class DampedSystem(NamedTuple):
 
     def apply_metric(self, v: Tensor) -> Tensor:
         """λ D v, for v (P,)."""
-        return self.damping * self._each(_Group.apply, v)
+        return self.damping * self._in_each_group(_LayerGroup.apply, v)
 
     def solve_metric(self, v: Tensor) -> Tensor:
         """(λ D)⁻¹ v, for v (P,)."""
-        return self._each(_Group.solve, v) / self.damping
+        return self._in_each_group(_LayerGroup.solve, v) / self.damping
 
-    def _each(self, change: Callable[[_Group, Tensor], Tensor], v: Tensor) -> Tensor:
-        parts = v.split([math.prod(group.shape) for group in self.groups])
-        return torch.cat([x.flatten(change(x, x.unflatten(part))) for x, part in zip(self.groups, parts, strict=True)])
+    def _in_each_group(self, function: Callable[[_LayerGroup, Tensor], Tensor], v: Tensor) -> Tensor:
+        parts = v.split([math.prod(x.shape) for x in self.groups])
+        pairs = zip(self.groups, parts, strict=True)
+        return torch.cat([x.flatten(function(x, x.unflatten(part))) for x, part in pairs])
 
     def transpose(self, y: Tensor) -> Tensor:
         """D⁻¹ Jᵀ y (P,) for y (K N,)."""
@@ -242,16 +239,17 @@ class DampedSystem(NamedTuple):
 
 
 class GramSystem:
-    """(JᵀJ + cI + λD) x = −Jᵀw − g at one batch, for any λ > 0.
+    """(JᵀJ + cI + λD) x = −Jᵀw − g at one batch, for any λ > 0. c is the factor of an L2 term ½c‖θ‖².
 
-    metric 'parameter': D = I. metric 'state': D measures the change of all hidden pre-activations, mean over the batch,
-    by Kronecker factors, D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) in hidden layers (`state_weights`; A_ℓ = z̃ᵀz̃/N, or of
-    so few samples, N < d, (tr A_ℓ / d) I), and D_L = ρI. With c > 0, an L2 term ½c‖θ‖² in the objective, ρ + c/λ stands
-    for ρ: λD then holds cI exactly, beside a rest that is positive semidefinite and vanishes with λ. That takes a Gram
-    matrix for each λ.
+    metric='parameter': D = I. metric='state': D measures the change of all hidden pre-activations, mean over the batch.
+    In hidden layers D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I), with Ω_ℓ as in `state_weights`, A_ℓ = z̃ᵀz̃/N, or
+    (tr A_ℓ / d) I where N < d. In the output layer D_L = ρI.
 
-    rest: g (P,), a part of the gradient that Jᵀw doesn't hold, w the residual of the batch; or None. without_residual:
-    w = 0, all of the gradient is in `rest`.
+    With metric='state' and c > 0, ρ + c/λ replaces ρ. Then λD contains cI exactly, and what it contains besides is
+    positive semidefinite and vanishes with λ. This takes a Gram matrix for each λ.
+
+    rest: g (P,), the part of the gradient that Jᵀw doesn't hold, or None. w is the residual of the batch.
+    without_residual: w = 0, all of the gradient is in `rest`.
     """
 
     def __init__(
@@ -266,14 +264,15 @@ class GramSystem:
         self.layers, self.metric, self.metric_damping, self.weight_decay = layers, metric, metric_damping, weight_decay
         self.root, residual = scaled_output(layers[-1])
         self.shape = (self.root.shape[2], len(self.root))  # K, N
-        self.residual = None if without_residual else residual.mT.flatten()  # (K N,)
+        w = residual.mT.flatten()  # (K N,)
+        self.residual = torch.zeros_like(w) if without_residual else w
         self.rest = rest
         self._jacobians = output_jacobians(layers, self.root)
         self._Omega = state_weights(layers) if metric == "state" else []
-        self._whitened: tuple[float, list[_Group], Tensor] | None = None
+        self._whitened: tuple[float, list[_LayerGroup], Tensor] | None = None  # for the last ρ
 
-    def at(self, damping: float) -> DampedSystem | None:
-        """M + λ, factored; None where overflow or rounding leaves it, or a factor of the metric, no Cholesky factor."""
+    def factorize(self, damping: float) -> DampedSystem | None:
+        """M + λ, factored. None where, by overflow or rounding, it or a factor of the metric has no Cholesky factor."""
         state = self.metric == "state"
         shift = damping if state else damping + self.weight_decay
         try:
@@ -286,20 +285,19 @@ class GramSystem:
         return DampedSystem(groups, M, factor, shift, self.shape) if int(info) == 0 else None
 
     def has_residual(self) -> bool:
-        """Whether w has its digits: of a sample that is given up as lost, π_y underflowed, it has none."""
-        return bool((self.residual.abs() * math.sqrt(self.shape[1]) < _LARGEST_RESIDUAL).all())  # False for NaN
+        """Whether w is accurate. It is not for a sample whose π_y underflows."""
+        largest = 1e100  # of √N w; squares of larger ones overflow
+        return bool((self.residual.abs() * math.sqrt(self.shape[1]) < largest).all())  # False for NaN
 
     def step(self, damped: DampedSystem) -> tuple[Tensor, Tensor]:
         """x (P,) and J x (K N,)."""
-        y = 0.0 if self.residual is None else self.residual
-        scaled = None
-        if self.rest is not None:
-            scaled = damped.solve_metric(self.rest)
-            along = self.scaled_tangent(scaled)
-            y = y - along
-        y = damped.solve(y)
-        x, Jx = -damped.transpose(y), -(damped.matrix @ y)
-        return (x, Jx) if scaled is None else (x - scaled, Jx - along)
+        if self.rest is None:
+            y = damped.solve(self.residual)
+            return -damped.transpose(y), -(damped.matrix @ y)
+        scaled = damped.solve_metric(self.rest)
+        J_scaled = self.scaled_tangent(scaled)
+        y = damped.solve(self.residual - J_scaled)
+        return -damped.transpose(y) - scaled, -(damped.matrix @ y) - J_scaled
 
     def inverse(self, damped: DampedSystem, v: Tensor) -> Tensor:
         """(JᵀJ + cI + λD)⁻¹ v, for v (P,)."""
@@ -308,31 +306,29 @@ class GramSystem:
 
     def scaled_tangent(self, x: Tensor) -> Tensor:
         """J x (K N,) for x (P,)."""
-        for s, _ in forward_tangent(self.layers, blocks_of(self.layers, x[:, None])):
-            last = s
-        return self.scale(last[0])
+        return self.scale(_logit_tangent(self.layers, x[:, None])[0])
 
     def scale(self, logits: Tensor) -> Tensor:
         """Sᵀ times changes of the logits (N, C): (K N,)."""
         return torch.einsum("nck,nc->kn", self.root, logits).flatten()
 
-    def _metric(self, rho: float) -> tuple[list[_Group], Tensor]:
-        """The whitened groups and M, kept for the last ρ."""
+    def _metric(self, rho: float) -> tuple[list[_LayerGroup], Tensor]:
+        """The whitened groups, and M."""
         if self._whitened is None or self._whitened[0] != rho:
             groups = self._groups(rho)
             factors = (z for x in groups for z in zip(x.outputs, x.inputs @ x.inputs.mT, strict=True))
             self._whitened = (rho, groups, _gram_matrix(factors, self.shape))
         return self._whitened[1:]
 
-    def _groups(self, rho: float) -> list[_Group]:
+    def _groups(self, rho: float) -> list[_LayerGroup]:
         groups, last = [], len(self.layers) - 1
         shapes = [(layer.weight.shape, layer.inputs.shape[1], i == last) for i, layer in enumerate(self.layers)]
-        for (weight, _, is_last), members in groupby(range(last + 1), key=shapes.__getitem__):
-            members = list(members)
+        for (weight, _, is_last), indices in groupby(range(last + 1), key=shapes.__getitem__):
+            members = list(indices)
             inputs = torch.stack([self.layers[i].inputs for i in members])
             outputs = torch.stack([self._jacobians[i].flatten(0, 1) for i in members]).mT
             if self.metric == "parameter" or is_last:
-                groups.append(_plain_group(inputs, outputs, rho, weight[1]))
+                groups.append(_identity_group(inputs, outputs, rho, weight[1]))
             else:
                 Omega = torch.stack([self._Omega[i] for i in members])
                 groups.append(_state_group(inputs, outputs, Omega, rho, weight[1]))
@@ -342,9 +338,9 @@ class GramSystem:
 def _gram_matrix(factors: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, int]) -> Tensor:
     """M = Σ_ℓ (Eᵀ E) ∘ (z̃ z̃ᵀ), (K N, K N), of each layer's E (a, K N) and z̃z̃ᵀ (N, N), both whitened."""
     K, N = shape
-    M = product = None
-    for E, similarity in factors:
-        if M is None:
+    M = product = torch.empty(0)
+    for index, (E, similarity) in enumerate(factors):
+        if index == 0:
             M, product = E.new_zeros(K, N, K, N), E.new_empty(K * N, K * N)
         torch.mm(E.mT, E, out=product)
         M.addcmul_(product.view_as(M), similarity[None, :, None, :])
@@ -352,10 +348,11 @@ def _gram_matrix(factors: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, int
 
 
 class GramFactor:
-    """JᵀJ + D, D the dampings, by I + J D⁻¹Jᵀ in N K unknowns: hessian.py's route 'gram'.
+    """JᵀJ + D, D the dampings, by I + J D⁻¹Jᵀ in N K unknowns: route 'gram' of hessian.py.
 
-    (JᵀJ + D)⁻¹v = D⁻¹ (v − Jᵀ (I + J D⁻¹Jᵀ)⁻¹ J D⁻¹v); and since [[D, Jᵀ], [J, −I]] may be eliminated from either end,
-    its negative eigenvalues are those of D less those of I + J D⁻¹Jᵀ, and its determinant is the product of theirs.
+    Solves: (JᵀJ + D)⁻¹v = D⁻¹ (v − Jᵀ (I + J D⁻¹Jᵀ)⁻¹ J D⁻¹v).
+    Inertia: [[D, Jᵀ], [J, −I]] may be eliminated from either end. So the negative eigenvalues of JᵀJ + D are as many as
+    those of D, less those of I + J D⁻¹Jᵀ; and its determinant is the product of theirs.
     """
 
     def __init__(self, layers: Sequence[LayerDerivatives], epsilons: Sequence[float], formed: Tensor | None):
@@ -394,10 +391,8 @@ class GramFactor:
     def solve(self, v: Tensor) -> Tensor:
         """(JᵀJ + D)⁻¹v for v (P, k)."""
         scaled = v / self._damping
-        for s, _ in forward_tangent(self._layers, blocks_of(self._layers, scaled)):
-            logits = s  # (k, N, C)
-        y = torch.einsum("nck,jnc->knj", self._root, logits).flatten(0, 1)  # (K N, columns)
-        y = self._factor.solve(y)
+        y = torch.einsum("nck,jnc->knj", self._root, _logit_tangent(self._layers, scaled))
+        y = self._factor.solve(y.flatten(0, 1))  # (K N, columns)
         K, N = self._root.shape[2], len(self._root)
         delta = torch.einsum("nck,knj->jnc", self._root, y.unflatten(0, (K, N)))
         return scaled - _transposed(self._layers, delta) / self._damping
@@ -405,9 +400,14 @@ class GramFactor:
 
 def gauss_newton_product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
     """JᵀΛJ v for v (P, k): two passes through the network."""
+    return _transposed(layers, layers[-1].loss_hessian.apply(_logit_tangent(layers, v)))
+
+
+def _logit_tangent(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
+    """∂h_L/∂θ v (k, N, C) for v (P, k)."""
     for s, _ in forward_tangent(layers, blocks_of(layers, v)):
         logits = s
-    return _transposed(layers, layers[-1].output.apply(logits))
+    return logits
 
 
 def _transposed(layers: Sequence[LayerDerivatives], delta: Tensor) -> Tensor:
@@ -431,7 +431,7 @@ def count_gram_operations(
     layers: Sequence[LayerDerivatives], metric: str, weight_decay: float, num_dampings: int
 ) -> float:
     """Floating-point operations of the Gram matrices and their factorizations, to leading order."""
-    K = layers[-1].weight.shape[0] - layers[-1].output.zero_sum
+    K = layers[-1].weight.shape[0] - layers[-1].loss_hessian.zero_sum
     N = len(layers[0].inputs)
     state = metric == "state"
     num_matrices = num_dampings if state and weight_decay else 1

@@ -4,19 +4,19 @@ p is the global solution exactly if there is a multiplier λ ≥ 0 with
 
     (A + λI) p = −g,    A + λI ⪰ 0,    λ (Δ − ‖p‖) = 0                                          (Moré & Sorensen 1983)
 
-and H may be indefinite. Only a factorization (hessian.py) proves that A + λI ⪰ 0, and it costs as much as tens to
-thousands of products with A. So products and solves search, and factorizations prove:
+H may be indefinite. Only a factorization proves that A + λI ⪰ 0, and it costs as much as tens to thousands of products
+with A. So products and solves search, and factorizations prove. Let m(p) be the model's value.
 
-    above   T = VᵀAV on an orthonormal basis V: the problem of dimension k is solved exactly, p = V y, value m(p).
-            V starts as a block Krylov space of g and one random vector (which sees what g is orthogonal to).
-    below   weak duality: for every σ with A + σI ≻ 0, min m ≥ d(σ) = −½ gᵀ(A + σI)⁻¹g − ½ σΔ².
-    loop    factor A + σI at σ = λ(V) + a margin that costs d at most half of the tolerated gap. Indefinite: the
-            factorization stops at the first bad layer, and σ rises. Definite: V grows by solves with A + σI (a
-            rational Krylov space: of p and of the eigenvector of λ_min), until m(p) − d(σ) ≤ rtol · (−m(p)), or until
-            V is exhausted at this σ and λ(V) names a better one.
+    above   Let V be an orthonormal basis and T = VᵀAV. The problem on span V is solved exactly: p = V y, and
+            min m ≤ m(p). V starts as a block Krylov space of g and of one random vector, for what g is orthogonal to.
+    below   Weak duality: for every σ with A + σI ≻ 0, min m ≥ d(σ) = −½ gᵀ(A + σI)⁻¹g − ½ σΔ².
+    loop    Factor A + σI at σ = λ(V) plus a margin that costs d at most half of the tolerated gap.
+            Indefinite: the factorization stops at the first bad layer, and σ rises.
+            Definite: V grows by solves with A + σI (a rational Krylov space of p and of the eigenvector of λ_min),
+            until m(p) − d(σ) ≤ rtol · (−m(p)), or until V is exhausted at this σ and λ(V) names a better one.
 
-The hard case (g orthogonal to the eigenspace of λ_min, ‖p(−λ_min)‖ < Δ) needs no solve with a singular matrix: V
-contains the eigenvector, by inverse iteration at σ > −λ_min, the small problem adds its multiple, and d(σ) with
+The hard case: g is orthogonal to the eigenspace of λ_min, and ‖p(−λ_min)‖ < Δ. It needs no solve with a singular
+matrix. V contains the eigenvector, by inverse iteration at σ > −λ_min. The small problem adds its multiple. d(σ) with
 σ − λ ≪ λ proves the step, since half of λΔ² is part of the decrease.
 
 References: Moré & Sorensen, Computing a trust region step, SIAM J. Sci. Stat. Comput. 4 (1983); Conn, Gould & Toint,
@@ -41,18 +41,12 @@ from _hessian.costs import (
     prefers_many_classes,
     shapes_of_layers,
 )
-from _hessian.factorization import HessianFactorization, Layers, Settings, Solver, factorize
+from _hessian.factorization import HessianFactorization, Layers, Solver, factorize
 from _hessian.layers import NotPositiveDefinite, SingularHessianError
 from _hessian.refinement import UNIT_ROUNDOFF
+from _hessian.settings import Settings
 
-_ZERO = 1e-10  # relative to ‖A‖: the least λ; no Cholesky factorization tells a smaller one from 0
-_KRYLOV_STEPS = 40  # blocks of two products before the first factorization, at most
-_CHECK_EVERY = 4  # blocks
-_SOLVE_STEPS = 12  # blocks of two solves with one factorization, at most
-_SOLVE_RTOL = 1e-8
-_MAX_TRIALS = 30  # shifts tried
-_ROUNDING = 1e-6  # relative to ‖A‖: below, a semidefinite matrix may be found indefinite
-_NEW = 1e-10  # a direction is new to V if so much of it is outside
+_LEAST_DAMPING = 1e-10  # relative to ‖A‖; it stands for 0: no Cholesky factorization tells a smaller one from 0
 
 
 class TrustRegionStep(NamedTuple):
@@ -70,7 +64,7 @@ class TrustRegionStep(NamedTuple):
 
 
 class _Reduced(NamedTuple):
-    """The trust-region problem on span V solved in the eigenvectors of T: what is below is in their coordinates."""
+    """The problem on span V, solved. All vectors are in the coordinates of T's eigenvectors."""
 
     theta: np.ndarray  # (k,) eigenvalues of T, ascending
     vectors: np.ndarray  # (k, k)
@@ -78,24 +72,24 @@ class _Reduced(NamedTuple):
     y: np.ndarray  # (k,) of p
     damping: float  # λ
     decrease: float  # −m(p)
-    least: float  # the λ that stands for 0
+    least_damping: float  # the λ that stands for 0
     on_boundary: bool
     hard_case: bool
 
     def dual(self, damping: np.ndarray, radius: float) -> np.ndarray:
-        """d(σ) of the reduced problem, for an array of σ > −θ_0."""
+        """d(σ) of this problem, for an array of σ > −θ_0."""
         return -0.5 * (self.slope**2 / (self.theta + damping[..., None])).sum(-1) - 0.5 * damping * radius**2
 
 
 def _solve_reduced(T: np.ndarray, c: np.ndarray, radius: float) -> _Reduced:
-    """min cᵀy + ½ yᵀT y over ‖y‖ ≤ Δ, exactly, by the secular equation ‖y(λ)‖ = Δ; hard case included.
+    """min cᵀy + ½ yᵀT y over ‖y‖ ≤ Δ, by the secular equation ‖y(λ)‖ = Δ; the hard case too.
 
-    The unknown is δ = λ + θ_0, so that λ near −θ_0 loses no digits; y_i = −b_i/(θ_i − θ_0 + δ).
+    The unknown is δ = λ + θ_0, so that λ near −θ_0 loses no digits: y_i = −b_i/(θ_i − θ_0 + δ).
     """
     theta, vectors = np.linalg.eigh(T)
     b, distance = vectors.T @ c, theta - theta[0]
     norm = np.abs(theta).max() or 1.0
-    least = _ZERO * norm
+    least = _LEAST_DAMPING * norm
     smallest = max(least + theta[0], UNIT_ROUNDOFF * norm)  # below, δ can't be told from 0
 
     def length(delta: float) -> float:
@@ -120,10 +114,10 @@ def _solve_reduced(T: np.ndarray, c: np.ndarray, radius: float) -> _Reduced:
     return _Reduced(theta, vectors, b, y, delta - theta[0], decrease, least, on_boundary, hard_case)
 
 
-def _margin(reduced: _Reduced, radius: float, loss: float) -> float:
-    """The largest step μ above λ at which d(λ + μ) is below −decrease by at most `loss`: the easiest to factor."""
+def _margin(reduced: _Reduced, radius: float, gap: float) -> float:
+    """The largest μ for which d(λ + μ) is below −decrease by at most `gap`: the easiest matrix to factor."""
     margins = (reduced.damping + np.abs(reduced.theta).max()) * np.geomspace(1e-12, 1e2, 300)
-    allowed = margins[-reduced.decrease - reduced.dual(reduced.damping + margins, radius) <= loss]
+    allowed = margins[-reduced.decrease - reduced.dual(reduced.damping + margins, radius) <= gap]
     if len(allowed):
         return float(allowed[-1])
     return float(margins[0]) if reduced.on_boundary else 0.0  # inside, λ itself stands for 0
@@ -134,7 +128,7 @@ class _Subspace:
 
     def __init__(self, product: Callable[[Tensor], Tensor], g: Tensor):
         self.product, self.g = product, g
-        self._rows = g.new_empty(2 * _KRYLOV_STEPS, len(g))  # Vᵀ; doubled when full
+        self._rows = g.new_empty(80, len(g))  # Vᵀ; doubled when full
         self.T = np.zeros((0, 0))
 
     @property
@@ -142,8 +136,9 @@ class _Subspace:
         return self._rows[: len(self.T)].mT
 
     def extend(self, block: Tensor) -> Tensor:
-        """Add what is new in the columns of block (P, j); A times that, (P, i) with i ≤ j."""
+        """Add what is new in the columns of block (P, j). Returns A times that, (P, i) with i ≤ j."""
         k = size = len(self.T)
+        least = 1e-10  # part of a column outside of V that makes it new
         if k + block.shape[1] > len(self._rows):
             self._rows = torch.cat([self._rows, torch.empty_like(self._rows)])
         for column in block.mT:
@@ -151,7 +146,7 @@ class _Subspace:
             for _ in range(2):  # once more: the first pass leaves what rounding left
                 column = column - self._rows[:size].mT @ (self._rows[:size] @ column)
             rest = torch.linalg.vector_norm(column)
-            if rest > _NEW * norm:
+            if rest > least * norm:
                 self._rows[size] = column / rest
                 size += 1
         image = self.product(self._rows[k:size].mT)
@@ -164,7 +159,7 @@ class _Subspace:
 
     def solve(self, radius: float) -> _Reduced:
         c = np.zeros(len(self.T))
-        c[0] = torch.linalg.vector_norm(self.g)  # g is the first column, or zero: every other is orthogonal to it
+        c[0] = torch.linalg.vector_norm(self.g)  # g is along the first column, or zero
         return _solve_reduced(self.T, c, radius)
 
     def residuals(self, reduced: _Reduced) -> Tensor:
@@ -180,15 +175,20 @@ class _Subspace:
         return self.basis @ torch.from_numpy(y).to(self.g)
 
 
-def _krylov_space(product: Callable[[Tensor], Tensor], g: Tensor, radius: float, rtol: float) -> _Subspace:
-    """The block Krylov space of g and a random vector, until the decrease that it allows has stopped growing."""
+def _krylov_space(
+    product: Callable[[Tensor], Tensor], g: Tensor, radius: float, rtol: float, max_blocks: int = 40
+) -> _Subspace:
+    """The block Krylov space of g and a random vector, until the decrease in it stops growing.
+
+    max_blocks: of two products each.
+    """
     noise = torch.randn(len(g), 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(g.device)
     space, block, before = _Subspace(product, g), torch.cat([g, noise], 1), 0.0
-    for step in range(1, _KRYLOV_STEPS + 1):
+    for step in range(1, max_blocks + 1):
         block = space.extend(block)
         if block.shape[1] == 0:
             break
-        if step % _CHECK_EVERY == 0:
+        if step % 4 == 0:
             decrease = space.solve(radius).decrease
             if 0 < decrease and decrease - before <= 0.01 * rtol * decrease:
                 break
@@ -202,11 +202,10 @@ def _krylov_space(product: Callable[[Tensor], Tensor], g: Tensor, radius: float,
 def factorize_definite(
     solver: Solver, layers: Layers, damping: float, route: str, H: Tensor | None = None
 ) -> tuple[HessianFactorization | None, float]:
-    """H + damping·I factored, and 1.0; or None where it is not positive definite, and the share of the operations done.
+    """H + damping·I, factored, and the share of the operations that were done. None where it is not positive definite.
 
     The sweep stops at the first layer whose pivot has no Cholesky factor: for ε > 0, H + εI ≻ 0 ⇔ every pivot ≻ 0
-    (Haynsworth). Its operations are counted; a dense factorization that fails counts as a whole one. route: 'sweep' or
-    'dense'; H: if it was formed.
+    (Haynsworth). A failed dense factorization counts as a whole one. route: 'sweep' or 'dense'. H: if it was formed.
     """
     try:
         return factorize(solver, layers, Settings(damping, route=route), definite_only=True, formed=H), 1.0
@@ -221,25 +220,30 @@ def factorize_definite(
         return None, (always + done) / (always + sum(map(sum, operations)))
 
 
-def _improve(
-    space: _Subspace, factorization: HessianFactorization, shift: float, radius: float, rtol: float
+def _prove(
+    space: _Subspace,
+    factorization: HessianFactorization,
+    shift: float,
+    radius: float,
+    rtol: float,
+    max_blocks: int = 12,
 ) -> tuple[_Reduced, float]:
-    """Grow V by solves with A + σI, until m(p) is proved within rtol, or V gives no more; and the gap m(p) − d(σ).
+    """Grow V by solves with A + σI, until m(p) is proved within rtol, or V gives no more. Returns the gap m(p) − d(σ).
 
-    x ≈ (A + σI)⁻¹g with residual e: d(σ) is known from 2gᵀx − xᵀ(A + σI)x up to eᵀ(A + σI)⁻¹e/2, for which the
-    gap is widened, by the lowest Ritz value; at a relative residual of 1e-8 that is nothing.
+    max_blocks: of two solves each. Let x ≈ (A + σI)⁻¹g with residual e. Then d(σ) follows from 2gᵀx − xᵀ(A + σI)x up to
+    eᵀ(A + σI)⁻¹e/2. The gap is widened by that, bounded by the lowest Ritz value.
     """
     g, before = space.g, 0.0
-    x = factorization._refined(g, _SOLVE_RTOL).x
+    x = factorization._refined(g, 1e-8).x
     image = space.product(x) + shift * x
     error = float(((image - g) ** 2).sum())
     dual = -0.5 * float((2 * g - image).mT @ x)
     block = x
-    for step in range(_SOLVE_STEPS):
+    for step in range(max_blocks):
         new = space.extend(block).shape[1]
         reduced = space.solve(radius)
-        # where σ stands for 0, steps longer than an interior p are not asked about
-        settled = not reduced.on_boundary and shift <= 2 * reduced.least
+        # where σ stands for 0, the bound need only hold for steps as short as the interior p
+        settled = not reduced.on_boundary and shift <= 2 * reduced.least_damping
         length = float(np.linalg.norm(reduced.y)) if settled else radius
         gap = -reduced.decrease - dual + 0.5 * shift * length**2
         gap += 0.5 * error / max(shift + reduced.theta[0], UNIT_ROUNDOFF * shift)
@@ -261,7 +265,7 @@ def solve_trust_region(
     rtol: float = 1e-4,
     route: str = "auto",
 ) -> TrustRegionStep:
-    """`trust_region_step` for layers (P parameters) and a finite g (P,) in float64, unchecked."""
+    """`newton.trust_region_step` for layers (P parameters) and a finite g (P,) in float64, unchecked."""
     if route == "auto":
         route = cheapest_route(shapes_of_layers(layers), len(layers[0].inputs))
     H = solver.dense(layers) if route == "dense" else None
@@ -271,9 +275,11 @@ def solve_trust_region(
 
     space = _krylov_space(product, g[:, None], radius, rtol)
     reduced = space.solve(radius)
-    work, low, high, growth, loss, gap = 0.0, 0.0, math.inf, 0.0, 0.5 * rtol, math.inf
-    for _ in range(_MAX_TRIALS):
-        margin = _margin(reduced, radius, loss * reduced.decrease)
+    # A + σI is indefinite at σ = low, definite at σ = high
+    work, low, high, growth, allowed, gap = 0.0, 0.0, math.inf, 0.0, 0.5 * rtol, math.inf
+    max_shifts = 30
+    for _ in range(max_shifts):
+        margin = _margin(reduced, radius, allowed * reduced.decrease)
         shift = max(reduced.damping + margin, low + growth)
         if shift <= low or (growth and shift > high):
             shift = math.sqrt(low * high)
@@ -283,16 +289,17 @@ def solve_trust_region(
             low, unseen = shift, float(torch.linalg.vector_norm(space.residuals(reduced)[:, 1]))
             growth = max(10 * growth, 10 * margin, unseen, 0.1 * low)
             continue
-        high, growth, loss = min(high, shift), 0.0, 0.1 * loss
-        reduced, gap = _improve(space, factorization, shift, radius, rtol)
-        # rounding: λ stands for 0, and no Cholesky factorization succeeds nearer to 0
-        rounding = not reduced.on_boundary and high <= 10 * low <= 10 * _ROUNDING / _ZERO * reduced.least
+        high, growth, allowed = min(high, shift), 0.0, 0.1 * allowed
+        reduced, gap = _prove(space, factorization, shift, radius, rtol)
+        # λ stands for 0, and no Cholesky factorization succeeds nearer to 0: below 1e-6 ‖A‖ that is rounding
+        least = reduced.least_damping
+        rounding = not reduced.on_boundary and high <= 10 * low <= 10 * 1e-6 / _LEAST_DAMPING * least
         if rounding or gap <= rtol * reduced.decrease:
             step = space.combine(reduced, reduced.y)
             decrease = -float(g @ step + 0.5 * (step * product(step)).sum())
             return TrustRegionStep(step[:, 0], reduced.damping, decrease, work, reduced.on_boundary, reduced.hard_case)
     raise SingularHessianError(
-        f"the trust-region step was not proved to rtol={rtol:g} with {_MAX_TRIALS} shifts: its decrease is "
+        f"the trust-region step was not proved to rtol={rtol:g} with {max_shifts} shifts: its decrease is "
         f"{reduced.decrease:.3g}, the last bound was off by {gap:.1g}. Pass a larger rtol, a smaller radius, or route="
         "'dense'",
         damping=shift,

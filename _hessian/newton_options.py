@@ -1,0 +1,105 @@
+"""What the user of `DampedNewton` chooses, and what one step leaves for the next."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral
+from typing import NamedTuple, TypedDict
+
+from torch import Tensor
+
+from _hessian.argument_checks import checked_nonnegative
+
+PATIENCE = 5  # Gauss–Newton steps over which progress is judged, at first
+MOMENTUM_DECAYS = (0.0, 0.8, 0.95)  # of the sums of earlier steps
+
+
+class Options(NamedTuple):
+    """The options of `DampedNewton`, which explains them. The optimizer's parameter group holds them by name."""
+
+    curvature: str
+    metric: str
+    route: str
+    curvature_batch: int | None
+    cg_iterations: int
+    weight_decay: float
+    metric_damping: float
+    gtol: float
+    htol: float
+    seed: int
+
+    def check(self) -> None:
+        for name, value, choices in (
+            ("curvature", self.curvature, ("auto", "gauss_newton", "hessian")),
+            ("metric", self.metric, ("state", "parameter")),
+            ("route", self.route, ("auto", "gram", "sweep")),
+        ):
+            if value not in choices:
+                choices = ("auto", *choices) if name == "metric" else choices
+                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(repr, choices))}")
+        if self.curvature_batch is not None and not _is_integer(self.curvature_batch, 1):
+            raise ValueError(
+                f"curvature_batch must be an integer ≥ 1, or None for all samples, got {self.curvature_batch!r}"
+            )
+        if not _is_integer(self.cg_iterations, 0):
+            raise ValueError(
+                "cg_iterations must be an integer ≥ 0, 0 for the curvature of the sub-batch alone, got "
+                f"{self.cg_iterations!r}"
+            )
+        if self.route == "gram" and self.curvature == "hessian":
+            raise ValueError("route='gram' has the Gauss–Newton curvature only: pass route='sweep' or curvature='auto'")
+        if not (0 < self.metric_damping < math.inf):
+            raise ValueError(f"metric_damping must be positive and finite, got {self.metric_damping!r}")
+        for name, number in (("weight_decay", self.weight_decay), ("gtol", self.gtol), ("htol", self.htol)):
+            checked_nonnegative(name, number)
+
+    def uses_all_samples(self, batch_size: int) -> bool:
+        """Whether the curvature is that of the whole batch."""
+        return self.curvature_batch is None or self.curvature_batch >= batch_size
+
+    def uses_conjugate_gradients(self, batch_size: int) -> bool:
+        """Whether the sub-batch preconditions conjugate gradients on the whole batch."""
+        return self.curvature != "hessian" and self.cg_iterations > 0 and not self.uses_all_samples(batch_size)
+
+
+def _is_integer(value: object, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+class State(TypedDict, total=False):
+    """The optimizer's `state`, saved in checkpoints."""
+
+    step: int  # steps so far
+    damping: float  # λ that the next Gauss–Newton step tries first
+    hessian_damping: float  # the same for the exact Hessian
+    momentum: Tensor  # (3, P) sums of earlier steps, one for each of MOMENTUM_DECAYS
+    # conjugate gradients
+    data: tuple[float, ...]  # fingerprint of the last batch
+    last: Tensor  # (P,) the last accepted step
+    # curvature='auto'
+    objectives: list[float]  # before the last Gauss–Newton steps
+    patience: int  # Gauss–Newton steps over which progress is judged
+    decrease: float  # of the objective in one of them, on average
+    polishing: bool  # whether the exact Hessian is in use
+    polished: int  # steps since it is
+    failed: bool  # whether it is because Gauss–Newton found no step
+    gradient_norm: float  # before the last step with the exact Hessian
+    ending: bool  # whether the last step was judged by its gradient: the objective showed no difference
+
+
+def initial_state(parameter: Tensor, num_parameters: int, damping: float) -> State:
+    """parameter: one of the model, for dtype and device."""
+    momentum = parameter.new_zeros(len(MOMENTUM_DECAYS), num_parameters, requires_grad=False)
+    return {
+        "step": 0,
+        "damping": damping,
+        "hessian_damping": damping,
+        "polishing": False,
+        "polished": 0,
+        "failed": False,
+        "ending": False,
+        "patience": PATIENCE,
+        "data": (),
+        "objectives": [],
+        "momentum": momentum,
+    }
