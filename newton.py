@@ -62,10 +62,9 @@ class DampedNewton(torch.optim.Optimizer):
     hessian.py. 'auto': the one with fewer counted operations.
     curvature_batch: k. G is that of k samples, drawn anew for each step from (seed, step). None: of all samples. The
     gradient and the trial objectives are always those of the whole batch.
-    cg_iterations: with a curvature_batch and Gauss–Newton, the system with all samples is solved by so many iterations
-    of conjugate gradients, or fewer where they converge. The exact solve with the k samples is the preconditioner. If
-    the data are those of the last step, conjugate gradients begin along that step. 0: the curvature of the k samples
-    alone.
+    cg_iterations: of conjugate gradients, at most. With a curvature_batch they solve the Gauss–Newton system of all
+    samples, and the exact solve with the k samples is their preconditioner. If the data are those of the last step,
+    they begin along that step. 0: the curvature of the k samples alone.
     weight_decay: c of the L2 term ½c‖θ‖², exactly: in f, g, the curvature and the trials. (SGD's weight_decay.)
     damping: the first λ. Each step finds its own from there.
     metric_damping: ρ, see below. None: 1e-4, or 0.1 with a curvature_batch.
@@ -78,10 +77,10 @@ class DampedNewton(torch.optim.Optimizer):
 
     Results. `.report`: a StepReport of the last step. `.converged`: whether the last step found the point stationary.
     `.stalled`: whether nothing that it tried lowered f. No clock and no global random state is read. A run repeats
-    exactly, as far as torch does (on CUDA ask it to), and goes on bit for bit after `load_state_dict`.
+    exactly, as far as torch does (on CUDA ask it to). It goes on bit for bit after `load_state_dict`.
 
-    The metric 'state'. Let Ω_ℓ measure what a change of layer ℓ's pre-activations does to all hidden ones, A_ℓ = z̃ᵀz̃/N,
-    and π² the ratio of their mean eigenvalues.
+    The metric 'state'. Ω_ℓ measures what a change of layer ℓ's pre-activations does to all hidden ones. A_ℓ is z̃ᵀz̃/N.
+    π² is the ratio of their mean eigenvalues, Ω_ℓ's to A_ℓ's.
     - Gauss–Newton, Gram route: D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) in hidden layers, ρI in the output layer. In a
       layer with more inputs than samples A_ℓ is a multiple of I.
     - The sweep, and curvature='hessian': the same plus ρI in hidden layers. In a layer with more inputs than samples
@@ -91,11 +90,13 @@ class DampedNewton(torch.optim.Optimizer):
       costs a gradient, a solve and four trials. Where a valley bends, they lower f by far more than new factorizations
       would. They keep 32 vectors of all parameters.
 
-    Cost of a step with k samples, K = C − 1 (or C) and P parameters. For each λ: 2 (kK)² Σa + (kK)³/3 operations by the
-    Gram route (the first term once for all λ without an L2 term), or a sweep. For the trials: 3 to 15 forward passes on
-    the whole batch. For each iteration of conjugate gradients: 4 forward passes, and two vectors kept. `estimate_step`
-    tells it before. A first layer of 2²⁰ weights or more, with four times more inputs than samples, is restricted to
-    what a step can change in it. The steps are the same, except with metric='state' by the Gram route.
+    Cost of a step with k samples and K = C − 1 (or C). By the Gram route: 2 (kK)² Σa operations for a matrix, and
+    (kK)³/3 for each λ. One matrix serves all λ, unless metric='state' meets an L2 term. By the sweep: one for each λ.
+    For the trials: 3 to 15 forward passes on the whole batch. For each iteration of conjugate gradients: 4 forward
+    passes, and two vectors of all parameters kept. `estimate_step` tells it before.
+
+    A wide first layer, of 2²⁰ weights or more and with four times more inputs than samples, is restricted to what a
+    step can change in it. The steps are the same, except with metric='state' by the Gram route.
 
     Raises what `factorize_hessian` raises for a loss that is not the tracked one. Not checked: whether the closure
     returns the loss of the same data at each step; it need not.
@@ -235,9 +236,9 @@ def trust_region_step(
     in `factorize_hessian`.
 
     Cost: one factorization as a rule, up to four seen. Besides: up to 80 products with H, two dozen solves for each
-    factorization, and memory for as many vectors (P,). On one core a step took 2.7 times as long as a factorization at
-    30 layers of width 8 with 32 samples, and 1.1 times at 8 layers of width 16 with 64 samples. Products, solves and
-    the small problems are in float64.
+    factorization, and memory for as many vectors (P,). On one core, a step took 2.7 times as long as a factorization
+    with 30 layers of width 8 and 32 samples. With 8 layers of width 16 and 64 samples it took 1.1 times as long.
+    Products, solves and the small problems are in float64.
 
     Differences from Moré & Sorensen's algorithm. The secular equation is solved in a subspace, and factorizations only
     prove. It stops by the duality gap, not by ‖p‖ − Δ. p is a combination of vectors, so (A + λI)p = −g holds to about

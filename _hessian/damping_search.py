@@ -27,7 +27,7 @@ class Trial(NamedTuple):
     length: float  # a
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """The result of a search over λ."""
 
     best: Trial | None  # None where no λ gave a solution
@@ -37,15 +37,15 @@ class Found(NamedTuple):
 class SearchSettings(NamedTuple):
     damping_factor: float  # between neighbouring λ of a bracket
     lengths: tuple[float, ...]  # a
-    extend_below: float  # a step that lowers f by less than this part of it is extended along earlier steps
+    extend_below: float  # a step that lowers f by less than this fraction is extended along earlier steps
 
 
 class DampingFactors(NamedTuple):
     """From the λ of an accepted step to the first λ of the next one."""
 
-    shortened: float  # where the best length was below 1
-    kept: float  # where λ had to be raised, or may not fall yet
-    lowered: float  # where the first λ did well
+    shortened: float = 1.0  # where the best length was below 1
+    kept: float = 0.1  # where λ had to be raised, or may not fall far
+    lowered: float = 0.01  # where the first λ did well
 
 
 # measured on the problems of `benchmark.py training`
@@ -81,6 +81,9 @@ class Search:
             self._before = float(self.problem.objective(self.problem.theta[None]))
         return self._before
 
+    def within_limits(self, damping: float) -> float:
+        return min(max(damping, self.problem.least_damping), LARGEST_DAMPING)
+
     def predicted_decrease(self, solution: Solution) -> float:
         """By how much x lowers f, according to the damped quadratic model."""
         return -0.5 * float(self.problem.gradient @ solution.x)
@@ -109,7 +112,7 @@ class Search:
 
     # -------------------------------------------------------------------------------------------- search over λ
 
-    def bracket(self, solve: Solve, start: float) -> Found:
+    def bracket(self, solve: Solve, start: float) -> SearchResult:
         """Try three λ around the last, then more beyond, as long as the best one is the outermost."""
         problem, factor = self.problem, self.settings.damping_factor
         start = max(start, problem.least_damping)
@@ -130,7 +133,7 @@ class Search:
             if not problem.least_damping < wanted[0] < LARGEST_DAMPING:
                 break
         self.num_dampings, self.largest_damping = len(tried), max(tried)
-        return Found(best, best.damping if best is not None and best.value < self.before else None)
+        return SearchResult(best, best.damping if best is not None and best.value < self.before else None)
 
     def raise_until_lower(
         self,
@@ -138,10 +141,10 @@ class Search:
         start: float,
         factors: DampingFactors,
         may_fall: Callable[[Trial], bool] = lambda best: True,
-    ) -> Found:
+    ) -> SearchResult:
         """Try one λ at a time, for solutions that are expensive. It is raised until f falls.
 
-        may_fall: whether the next λ may be smaller, after a first λ that did well.
+        may_fall: whether the next λ may be the lowered one, where the first λ did well.
         """
         least = self.problem.least_damping
         damping = max(start, least)
@@ -153,14 +156,14 @@ class Search:
                 if best.value < self.before:
                     at_once = trial == 0 and may_fall(best)
                     factor = factors.shortened if best.length < 1 else factors.lowered if at_once else factors.kept
-                    return Found(best, max(factor * damping, least))
+                    return SearchResult(best, max(factor * damping, least))
                 if not self.predicted_decrease(solutions[0]) > ROUNDING * abs(self.before):
                     self.promised_nothing = True  # and a larger λ promises less
                     break
             damping *= 10 if trial < 3 else 100
             if damping > LARGEST_DAMPING:
                 break
-        return Found(best, None)
+        return SearchResult(best, None)
 
     # ------------------------------------------------------------------------------------ beyond the best solution
 

@@ -1,9 +1,9 @@
 """Gauss–Newton systems by the Gram matrix: N K unknowns instead of P, for any number of dampings.
 
-Let Λ_b = S_b S_bᵀ for each sample b, with K columns in S. Then the Gauss–Newton matrix of the loss is JᵀJ, where
-J (K N, P) is the Jacobian of the scaled logits Sᵀh_L. One backward pass of K columns a sample gives
-E_ℓ = S_bᵀ ∂h_L/∂h_ℓ. Let the metric D be a Kronecker product in each layer, D_ℓ = Ω_ℓ ⊗ A_ℓ, Ω on the outputs and A on
-the inputs. Then the Gram matrix M is a sum of Hadamard products, and nothing of size P × P is formed:
+Let Λ_b = S_b S_bᵀ for each sample b, with K columns in S. Let J (K N, P) be the Jacobian of the scaled logits Sᵀh_L.
+Then the Gauss–Newton matrix of the loss is JᵀJ. One backward pass of K columns a sample gives E_ℓ = S_bᵀ ∂h_L/∂h_ℓ.
+Let the metric D be a Kronecker product in each layer, D_ℓ = Ω_ℓ ⊗ A_ℓ: Ω on the outputs, A on the inputs. Then the Gram
+matrix M is a sum of Hadamard products, and nothing of size P × P is formed:
 
     M = J D⁻¹ Jᵀ = Σ_ℓ (E Ω_ℓ⁻¹ Eᵀ) ∘ (z̃ A_ℓ⁻¹ z̃ᵀ)
     (JᵀJ + λD) x = −Jᵀw − g   ⇔   x = −D⁻¹ (Jᵀy + g/λ),   y = (M + λ)⁻¹ (w − J D⁻¹g/λ)
@@ -242,8 +242,8 @@ class GramSystem:
     """(JᵀJ + cI + λD) x = −Jᵀw − g at one batch, for any λ > 0. c is the factor of an L2 term ½c‖θ‖².
 
     metric='parameter': D = I. metric='state': D measures the change of all hidden pre-activations, mean over the batch.
-    In hidden layers D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I), with Ω_ℓ as in `state_weights`, A_ℓ = z̃ᵀz̃/N, or
-    (tr A_ℓ / d) I where N < d. In the output layer D_L = ρI.
+    In hidden layers D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I), in the output layer D_L = ρI. Ω_ℓ is that of
+    `state_weights`. A_ℓ = z̃ᵀz̃/N; where N < d, the multiple of I with the same trace.
 
     With metric='state' and c > 0, ρ + c/λ replaces ρ. Then λD contains cI exactly, and what it contains besides is
     positive semidefinite and vanishes with λ. This takes a Gram matrix for each λ.
@@ -336,7 +336,7 @@ class GramSystem:
 
 
 def _gram_matrix(factors: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, int]) -> Tensor:
-    """M = Σ_ℓ (Eᵀ E) ∘ (z̃ z̃ᵀ), (K N, K N), of each layer's E (a, K N) and z̃z̃ᵀ (N, N), both whitened."""
+    """M = Σ_ℓ (EᵀE) ∘ (z̃z̃ᵀ), (K N, K N). factors: E (a, K N) and z̃z̃ᵀ (N, N) of each layer, both whitened."""
     K, N = shape
     M = product = torch.empty(0)
     for index, (E, similarity) in enumerate(factors):

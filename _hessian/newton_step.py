@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from _hessian.conjugate_gradients import ConjugateGradients
-from _hessian.damping_search import LARGEST_DAMPING, ROUNDING, DampingFactors, Found, Search, Trial
+from _hessian.damping_search import ROUNDING, DampingFactors, Search, SearchResult, Trial
 from _hessian.factored_steps import FactoredSteps, Tools, definite_factorization
 from _hessian.gram_steps import GramSteps, prefers_gram
 from _hessian.layers import SingularHessianError
@@ -40,7 +40,11 @@ class StepReport(NamedTuple):
 
 
 class NewtonStep:
-    """One step. `run` moves the parameters, updates the state, and sets `report` and the two flags."""
+    """One step. `run` moves the parameters, updates the state, and sets `report` and the two flags.
+
+    With curvature='auto' the steps are Gauss–Newton steps. Where these get slow, a polish begins: steps with the exact
+    Hessian, until they find nothing or get slow themselves.
+    """
 
     report: StepReport
 
@@ -73,7 +77,7 @@ class NewtonStep:
     # -------------------------------------------------------------------------------------- at a stationary point
 
     def _stationary_step(self) -> None:
-        """None at a minimum; along a direction of negative curvature at a saddle."""
+        """Where ‖g‖ ≤ gtol: no step at a minimum, a step along negative curvature at a saddle."""
         certified = self._is_second_order_point() if self._may_factorize_hessian() else None
         self.converged = certified is not False
         if self.converged or self.options.curvature == "gauss_newton":
@@ -88,9 +92,8 @@ class NewtonStep:
         return sweep_bytes(self.problem.layers) <= 2**32
 
     def _is_second_order_point(self) -> bool:
-        most = 3000  # parameters; up to so many a dense factorization certifies, which is the more reliable one
         layers, solver = self.problem.layers, self.tools.solver
-        H = solver.dense(layers) if len(self.problem.theta) <= most else None
+        H = solver.dense(layers) if len(self.problem.theta) <= 3000 else None  # the dense route is more reliable
         return definite_factorization(solver, layers, self.options.weight_decay + self.options.htol, H) is not None
 
     def _negative_curvature_step(self) -> Trial | None:
@@ -119,31 +122,37 @@ class NewtonStep:
         slow = len(objectives) > state["patience"] and self.search.before > (1 - 0.02) * objectives[0]
         may_polish = options.curvature == "auto" and self._may_factorize_hessian()
         if may_polish and (not accepted or (slow and self._predicted_decrease_is_small())):
-            state["decrease"] = (objectives[0] - self.search.before) / max(len(objectives) - 1, 1)
-            state["polishing"], state["polished"], state["failed"] = True, 0, not accepted
-            state["objectives"] = []
-            state["gradient_norm"] = math.inf
-            self.stalled = False
+            self._begin_polish(accepted)
         elif not accepted:
             damping = self.search.largest_damping  # none up to there helped: λ was that of other data
             if not problem.all_samples and not options.cg_iterations:
                 damping = 100.0 * state["damping"]  # one solve with few samples: the next draw may do better
             if self.search.promised_nothing:
                 damping = 0.01 * state["damping"]
-            state["damping"] = min(max(damping, problem.least_damping), LARGEST_DAMPING)
+            state["damping"] = self.search.within_limits(damping)
 
-    def _search_directly(self) -> Found:
-        start, by_state = self.state["damping"], self.options.metric == "state"
+    def _begin_polish(self, accepted: bool) -> None:
+        """accepted: whether the last Gauss–Newton step was."""
+        state, objectives = self.state, self.state["objectives"]
+        state["decrease"] = (objectives[0] - self.search.before) / max(len(objectives) - 1, 1)
+        state["polishing"], state["polished"], state["failed"] = True, 0, not accepted
+        state["objectives"] = []
+        state["gradient_norm"] = math.inf
+        self.stalled = False
+
+    def _search_directly(self) -> SearchResult:
+        start, factors = self.state["damping"], DampingFactors()
         if isinstance(self.gauss_newton, GramSteps):
             return self.search.bracket(self.gauss_newton.solve, start)
-        factors = DampingFactors(shortened=1.0, kept=0.1, lowered=0.01)
-        if self.problem.all_samples and by_state:
+        if self.problem.all_samples and self.options.metric == "state":
             factors = DampingFactors(shortened=3.0, kept=1.0, lowered=0.1)
         return self.search.raise_until_lower(self.gauss_newton.solve, start, factors)
 
-    def _search_by_conjugate_gradients(self) -> Found:
-        """On the data of the last step, conjugate gradients begin along that step, and the step may be lengthened:
-        other data could be fitted at the cost of these."""
+    def _search_by_conjugate_gradients(self) -> SearchResult:
+        """On the data of the last step, conjugate gradients begin along that step, and the new step may be lengthened.
+
+        On other data a long step could fit the batch at the cost of the rest.
+        """
         same_data, last_step = self._recall_last_step()
         systems = ConjugateGradients(self.problem, self.gauss_newton.preconditioner, last_step)
         factors, solved = DampingFactors(shortened=10.0, kept=1.0, lowered=0.3), 0.03
@@ -151,8 +160,10 @@ class NewtonStep:
             factors, solved = DampingFactors(shortened=3.0, kept=1.0, lowered=0.1), 0.01
 
         def may_fall(best: Trial) -> bool:
-            """Only where conjugate gradients got far: a smaller λ leaves them further from the solution. On the same
-            data, only where a longer step was wanted: λ would fall until G is large against it."""
+            """Only where conjugate gradients got far: with a smaller λ they get less far.
+
+            On the same data, only where a longer step was wanted. Else λ would fall until G is large against it.
+            """
             return 0 <= systems.progress <= solved and not (same_data and best.length <= 1)
 
         found = self.search.raise_until_lower(systems.solve, self.state["damping"], factors, may_fall)
@@ -205,12 +216,11 @@ class NewtonStep:
         lower = trial is not None and trial.value < self.search.before
         if auto and not (lower or state["ending"]) and self.hessian.factorized(self.problem.least_damping) is None:
             method, trial = "saddle", self._negative_curvature_step()
-        accepted = self._finish(method, trial, certain=state["ending"])
+        accepted = self._finish(method, trial, judged_by_gradient=state["ending"])
         if auto:
             self._end_polish_if_slow(trial if accepted else None, start)
         elif not accepted:  # none up to the largest λ helped: it was that of other data
-            damping = max(self.search.largest_damping, self.problem.least_damping)
-            state["hessian_damping"] = min(damping, LARGEST_DAMPING)
+            state["hessian_damping"] = self.search.within_limits(self.search.largest_damping)
 
     def _hessian_trial(self) -> Trial | None:
         """The best step with the exact Hessian. Sets state['ending'] where only ‖g‖ can tell that it is good."""
@@ -222,8 +232,7 @@ class NewtonStep:
         if self.hessian.is_dense and self.options.metric == "parameter":  # H is formed once for all λ
             found = search.bracket(self.hessian.solve, start)
         else:
-            factors = DampingFactors(shortened=1.0, kept=0.1, lowered=0.01)
-            found = search.raise_until_lower(self.hessian.solve, start, factors)
+            found = search.raise_until_lower(self.hessian.solve, start, DampingFactors())
         if found.next_damping is not None:
             state["hessian_damping"] = found.next_damping
         trial = self._followed(found.best) if self.options.curvature == "auto" else self._extended(found.best)
@@ -242,7 +251,7 @@ class NewtonStep:
         return best if factorization is None else quasi_newton_steps(self.search, factorization, best)
 
     def _undamped_step(self) -> Trial | None:
-        """Newton's step near the end, where it promises less than f can show: good if f stays and ‖g‖ falls."""
+        """Newton's step, where it promises a smaller decrease than f can show. It is good if f stays and ‖g‖ falls."""
         solutions = self.hessian.solve([self.problem.least_damping])
         if not solutions:
             return None
@@ -258,10 +267,11 @@ class NewtonStep:
     def _end_polish_if_slow(self, accepted: Trial | None, start: float) -> None:
         """Back to Gauss–Newton where the exact Hessian found nothing, or is slow and far from the end.
 
-        It is slow where Gauss–Newton steps lowered f by more for their cost, ‖g‖ does not fall fast, and λ had to be
-        raised from `start` or the step to be shortened. One step is all where Gauss–Newton found nothing.
+        It is slow if three things hold: Gauss–Newton steps lowered f by more for their cost; ‖g‖ does not fall fast; λ
+        had to be raised from `start`, or the step to be shortened. Where Gauss–Newton found nothing, it gets one step.
         """
-        state, norm, cost = self.state, self.problem.gradient_norm, 5  # Gauss–Newton steps (4 to 6 at 30 layers)
+        state, norm = self.state, self.problem.gradient_norm
+        cost = 5  # of such a step, in Gauss–Newton steps: 4 to 6 at 30 layers
         converging = accepted is not None and (state["ending"] or norm < 0.5 * state["gradient_norm"])
         decrease = self.search.before - accepted.value if accepted else 0.0
         struggling = accepted is not None and (accepted.damping > start or accepted.length < 1)
@@ -274,14 +284,16 @@ class NewtonStep:
 
     # ---------------------------------------------------------------------------------------------------- the end
 
-    def _finish(self, method: str, trial: Trial | None, *, certain: bool = False, certified: bool = False) -> bool:
-        """Accept the trial if f falls, or if it is certain; and report."""
+    def _finish(
+        self, method: str, trial: Trial | None, *, judged_by_gradient: bool = False, certified: bool = False
+    ) -> bool:
+        """Accept the trial if f falls, or if it was judged by its gradient; and report."""
         self.hessian.release()  # its memory is for the update
-        accepted = trial is not None and (certain or trial.value < self.search.before)
+        accepted = trial is not None and (judged_by_gradient or trial.value < self.search.before)
         if trial is not None and accepted:
             step = trial.step if self.problem.span is None else self.problem.span.expand(trial.step)
             with torch.inference_mode(False), torch.no_grad():
-                self._move(step)
+                self._update(step)
         self.stalled = not accepted and not self.converged
         value, damping, length = (math.nan,) * 3 if trial is None else (trial.value, trial.damping, trial.length)
         self.report = StepReport(
@@ -297,7 +309,7 @@ class NewtonStep:
         )
         return accepted
 
-    def _move(self, step: Tensor) -> None:
+    def _update(self, step: Tensor) -> None:
         """Add a step (P,) to the parameters, and keep it for later steps."""
         like, state = self.parameters[0], self.state
         # in the parameters' dtype, as load_state_dict would leave it; a new tensor, since a state_dict may share it

@@ -12,8 +12,8 @@ with A. So products and solves search, and factorizations prove. Let m(p) be the
     below   Weak duality: for every σ with A + σI ≻ 0, min m ≥ d(σ) = −½ gᵀ(A + σI)⁻¹g − ½ σΔ².
     loop    Factor A + σI at σ = λ(V) plus a margin that costs d at most half of the tolerated gap.
             Indefinite: the factorization stops at the first bad layer, and σ rises.
-            Definite: V grows by solves with A + σI (a rational Krylov space of p and of the eigenvector of λ_min),
-            until m(p) − d(σ) ≤ rtol · (−m(p)), or until V is exhausted at this σ and λ(V) names a better one.
+            Definite: V grows by solves with A + σI, to a rational Krylov space of p and of the eigenvector of λ_min.
+            It ends where m(p) − d(σ) ≤ rtol · (−m(p)). If V stops growing before, λ(V) names a better σ.
 
 The hard case: g is orthogonal to the eigenspace of λ_min, and ‖p(−λ_min)‖ < Δ. It needs no solve with a singular
 matrix. V contains the eigenvector, by inverse iteration at σ > −λ_min. The small problem adds its multiple. d(σ) with
