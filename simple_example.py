@@ -7,8 +7,8 @@ All methods start from the same weights and see the same batches. They run in th
 alone. First the two Hessian methods run. Then gradient descent and Adam get the seconds that the exact Hessian took,
 each at the best of several learning rates.
 
-- Exact Hessian: p = −(H + εI)⁻¹ g on the batch. ε grows until H + εI is positive definite; after each step it is
-  adapted as in Levenberg-Marquardt.
+- Exact Hessian: the step −(H + εI)⁻¹ g, with the gradient g and the Hessian H of the batch's loss. ε grows until
+  H + εI is positive definite. After each step it is adapted as in Levenberg-Marquardt.
 - Damped Newton: `newton.DampedNewton`. It takes the gradient and the curvature of the whole batch, by conjugate
   gradients. The preconditioner is the exact solve on --curvature-batch samples.
 
