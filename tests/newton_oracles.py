@@ -67,8 +67,9 @@ def state_of(optimizer: DampedNewton) -> State:
 def problem_of(optimizer: DampedNewton) -> StepProblem:
     """What a step from the last tracked loss works on."""
     model, step = optimizer._model, state_of(optimizer)["step"]
-    layers = compute_layer_derivatives(model)
-    return StepProblem(optimizer._network(), model._tracked, layers, optimizer._options(), step)
+    batch, layers = model._tracked, compute_layer_derivatives(model)
+    assert batch is not None
+    return StepProblem(optimizer._network(), batch, layers, optimizer._options(), step)
 
 
 def step_of(optimizer: DampedNewton) -> NewtonStep:

@@ -41,7 +41,7 @@ GRAM_CASES = (
 
 
 def state_metric(case: Case, rho: float) -> Tensor:
-    """D (P, P) of the definition: A from each layer's inputs, Ω from Jacobians of later pre-activations by autograd."""
+    """D (P, P) by its definition: A from each layer's inputs, Ω by autograd through the later pre-activations."""
     model, x, _ = case.build()
     zs, hs, z = [], [], x
     for index, linear in enumerate(model.layers):
@@ -103,13 +103,13 @@ def test_scaled_output_of_a_fitted_sample_keeps_its_digits():
 @pytest.mark.parametrize("metric", ("state", "parameter"))
 @pytest.mark.parametrize("case", GRAM_CASES, ids=case_id)
 def test_gram_system(case, metric, weight_decay):
-    """x against a dense solve, for a gradient of the batch, for any gradient, and J x; D against its definition."""
+    """x and J x against dense solves, for the batch's gradient and for any gradient; D against its definition."""
     model, loss = tracked_loss(case)
     layers = compute_layer_derivatives(model)
     theta = flat_function(model, case.build()[1])[1]
     rho, damping, c = 0.02, 0.07, weight_decay
     D = state_metric(case, rho + c / damping) if metric == "state" else (1 + c / damping) * eye(len(theta))
-    if metric == "state" and c:  # ½c‖θ‖² is in λD, and nothing is negative beside it
+    if metric == "state" and c:  # λD contains cI, and the rest is positive semidefinite
         assert torch.linalg.eigvalsh(damping * D)[0] >= c
     A, g = dense_hessian(case, "gauss_newton") + damping * D, gradient(model, loss)
     any_gradient = random_vector(len(theta))
@@ -138,7 +138,7 @@ def test_gram_system(case, metric, weight_decay):
     "metric, weight_decay", [("parameter", 0.0), ("parameter", 0.1), ("state", 0.0), ("state", 0.1)]
 )
 def test_gram_operations_are_what_is_counted(metric, weight_decay):
-    """The closed form against counted products and factorizations, to 15 %: it leaves out what is of lower order."""
+    """The closed form, to leading order, against counted products and factorizations: to 15 %."""
     model, loss = tracked_loss(Case((16,) * 10, 24, inputs=16, classes=8))
     layers, dampings = compute_layer_derivatives(model), (0.1, 1.0, 10.0)
 
@@ -160,6 +160,6 @@ def test_a_metric_that_overflows_gives_no_step():
     assert GramSystem(layers, "state", 1e-4, 0.0, None).factorize(1.0) is None
 
 
-def test_no_inputs_leave_nothing_to_balance():
+def test_split_damping_of_dead_inputs():
     of_Omega, of_A = split_damping(eye(3), torch.zeros(4, 2, dtype=torch.float64), 0.01)
     assert of_Omega.item() == of_A.item() == pytest.approx(0.1)

@@ -24,7 +24,7 @@ from tests.oracles import Case, dense_hessian, random_vector, relative, tracked_
 @pytest.mark.parametrize("route", ("gram", "sweep"))
 @pytest.mark.parametrize("case, size", ((Case((6, 4, 7), 15, inputs=5), 4), (Case((6, 6, 4), 30, residual=True), 12)))
 def test_conjugate_gradients_solve_with_the_curvature_of_the_whole_batch(case, size, route, metric, weight_decay):
-    """Against a dense solve; and one iteration is along the exact step of the sub-batch."""
+    """Many iterations against a dense solve. One iteration is along the exact step of the sub-batch."""
     damping = 0.3
     model, loss = tracked_loss(case)
     options = {"route": route, "metric": metric, "curvature_batch": size, "weight_decay": weight_decay}
@@ -49,7 +49,7 @@ def test_conjugate_gradients_solve_with_the_curvature_of_the_whole_batch(case, s
 
 
 def test_curvature_of_the_whole_batch_fits_more_samples():
-    """120 samples, curvature from 8: thirty steps with products of all of them, and with those of the eight alone."""
+    """Of 120 samples 8 are drawn. Steps by all 120 fit better than steps by the 8 alone."""
     losses = {}
     for iterations in (0, 8):
         model, x, y = Case((8, 8, 8), 120, inputs=6, classes=5).build()
@@ -71,8 +71,8 @@ def test_damping_falls_only_where_conjugate_gradients_got_far():
         assert (left < optimizer.report.damping) == falls
 
 
-def test_conjugate_gradients_end_where_they_are_solved_for(monkeypatch):
-    """At a large λ the preconditioner is all but the matrix: two iterations of eight, and λ falls."""
+def test_conjugate_gradients_end_where_they_converged(monkeypatch):
+    """At a large λ the preconditioner is almost the matrix: two iterations of eight suffice, and λ falls."""
     model, x, y = Case((8, 8, 8), 120, inputs=6, classes=5).build()
     products, product = [], ConjugateGradients.product
     monkeypatch.setattr(ConjugateGradients, "product", lambda self, v: products.append(v) or product(self, v))
@@ -80,7 +80,7 @@ def test_conjugate_gradients_end_where_they_are_solved_for(monkeypatch):
     optimizer.step(closure_of(model, x, y))
     assert optimizer.report.num_trials == 1 and len(products) <= 2
     assert state_of(optimizer)["damping"] == pytest.approx(0.3 * 1e3)
-    # a single iteration can't tell whether it got far
+    # a single iteration can't measure its progress: λ falls
     optimizer = DampedNewton(model, curvature_batch=60, cg_iterations=1)
     optimizer.step(closure_of(model, x, y))
     assert state_of(optimizer)["damping"] < 1
@@ -88,7 +88,7 @@ def test_conjugate_gradients_end_where_they_are_solved_for(monkeypatch):
 
 @pytest.mark.parametrize("iterations", (1, 2))
 def test_few_iterations_do_not_begin_with_the_last_step(iterations, monkeypatch):
-    """Nothing would be left that tells how far they get."""
+    """Two iterations must remain to measure the progress."""
     model, x, y = Case((8, 8), 60, inputs=6, classes=5).build()
     optimizer = DampedNewton(model, curvature_batch=40, cg_iterations=iterations)
     iterate, progress = ConjugateGradients.iterate, []
@@ -104,7 +104,8 @@ def test_few_iterations_do_not_begin_with_the_last_step(iterations, monkeypatch)
     assert all((p == 0) == (iterations == 1) for p in progress)
 
 
-def test_a_residual_that_is_no_number_is_not_solved(monkeypatch):
+def test_a_residual_of_nan_is_not_convergence(monkeypatch):
+    """P⁻¹r is NaN from the second iteration on: the first one's step is taken, and λ stays."""
     model, x, y = Case((8, 8), 60, inputs=6, classes=5).build()
     optimizer, calls, inverse = DampedNewton(model, curvature_batch=16), [], GramSystem.inverse
     monkeypatch.setattr(
@@ -133,8 +134,8 @@ def test_whole_products_are_of_the_models_dtype(monkeypatch, dtype):
 # ------------------------------------------------------------------------------------------------ on the same data
 
 
-def test_data_are_known_again_by_what_is_in_them():
-    """Also where all sums of inputs are alike, as with one-hot rows, and where the targets alone differ."""
+def test_the_fingerprint_tells_batches_apart():
+    """Not the order of the samples. Also one-hot inputs, whose plain sums are equal, and batches with other targets."""
     x, y = eye(5)[[0, 1, 2, 2, 3, 4]], torch.tensor([0, 1, 2, 0, 1, 2])
     same = batch_fingerprint(x, y)
     assert batch_fingerprint(x.flip(0), y.flip(0)) == pytest.approx(same, rel=1e-12)
@@ -147,7 +148,7 @@ def test_data_are_known_again_by_what_is_in_them():
 
 @pytest.mark.parametrize("wide", (False, True))
 def test_on_the_same_data_conjugate_gradients_begin_with_the_last_step(wide, monkeypatch):
-    """Three iterations: the quadratic's least point on the span of that step and of two preconditioned residuals."""
+    """Three iterations minimize the quadratic over the span of that step and of two preconditioned residuals."""
     monkeypatch.setattr(input_span, "WIDE_LAYER", 1 if wide else 2**20)
     model, x, y = Case((8, 6, 7), 7, inputs=50).build()
     optimizer = DampedNewton(model, curvature_batch=4, cg_iterations=3, seed=1)
@@ -183,8 +184,8 @@ def test_on_the_same_data_conjugate_gradients_begin_with_the_last_step(wide, mon
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
-def test_steps_grow_longer_on_the_same_data_alone(dtype):
-    """λ falls there, by 0.1, where a longer step than the solution was wanted, and rises by 3 where a shorter one."""
+def test_steps_grow_longer_only_on_the_same_data(dtype):
+    """There λ falls by 0.1 where a step longer than the solution was best, and rises by 3 where a shorter one was."""
     model, x, y = Case((8, 8), 60, inputs=6, classes=5).build()
     model, x, lengths, factors = model.to(dtype), x.to(dtype), {}, set()
     order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
@@ -207,8 +208,8 @@ def test_steps_grow_longer_on_the_same_data_alone(dtype):
     assert max(lengths[False]) >= 4 and max(lengths[True]) == 2
 
 
-def test_a_step_that_is_lengthened_is_not_on_other_data():
-    """The same step but for what the optimizer knows of the data of the one before."""
+def test_a_step_is_lengthened_only_on_the_same_data():
+    """The same step twice: with and without the fingerprint of the data of the step before."""
     model, x, y = Case((8, 8), 60, inputs=6, classes=5).build()
     optimizer = DampedNewton(model, curvature_batch=16)
     while not optimizer.report or optimizer.report.length < 4:
@@ -223,7 +224,7 @@ def test_a_step_that_is_lengthened_is_not_on_other_data():
 
 
 def test_a_useless_preconditioner_is_not_hidden_by_the_last_step(monkeypatch):
-    """Where P⁻¹r is NaN, or rᵀP⁻¹r negative, the step asks for a larger λ; and a last step of no use is left out."""
+    """Where P⁻¹r is NaN, or rᵀP⁻¹r negative, λ is raised. A last step of NaN or zero is left out."""
     inverse = GramSystem.inverse
     for broken in (lambda v: v * math.nan, lambda v: -v):
         model, x, y = Case((8, 8), 60, inputs=6, classes=5).build()

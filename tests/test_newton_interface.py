@@ -8,9 +8,10 @@ import io
 import pytest
 import torch
 
+from _hessian.newton_options import State
 from hessian import DeepMLPWithTracking
 from newton import DampedNewton
-from tests.newton_oracles import closure_of, parameters_of
+from tests.newton_oracles import closure_of, parameters_of, state_of
 from tests.oracles import Case, raises
 
 RESUMED = (
@@ -25,7 +26,7 @@ RESUMED = (
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 @pytest.mark.parametrize("case, options, steps, methods", RESUMED, ids=str)
 def test_a_run_goes_on_bit_for_bit(case, options, steps, methods, dtype):
-    """Stopped after any step, stored, and loaded into a new model; and it repeats exactly."""
+    """Stopped after some step, saved, and loaded into a new model and optimizer."""
 
     def build(seed: int = 0):
         model, x, y = case.build(seed=seed)
@@ -55,7 +56,7 @@ def test_a_run_goes_on_bit_for_bit(case, options, steps, methods, dtype):
         assert torch.equal(parameters_of(second), end)
 
 
-def test_copies_go_on():
+def test_a_copy_takes_the_same_step():
     model, x, y = Case((6, 5), 14, inputs=4).build()
     optimizer = DampedNewton(model)
     optimizer.step(closure_of(model, x, y))
@@ -63,6 +64,17 @@ def test_copies_go_on():
     for m, o in ((model, optimizer), (other, copied)):
         o.step(closure_of(m, x, y))
     assert torch.equal(parameters_of(model), parameters_of(other)) and copied.report == optimizer.report
+
+
+def test_the_state_has_the_keys_of_older_checkpoints():
+    """A key that is renamed loses what a checkpoint holds."""
+    model, x, y = Case((6, 5), 14, inputs=4).build()
+    for options, more in (({}, {"momentum"}), ({"curvature_batch": 5}, {"momentum", "last"})):
+        optimizer = DampedNewton(model, **options)
+        optimizer.step(closure_of(model, x, y))
+        keys = "step damping hessian_damping polishing polished failed ending patience data objectives".split()
+        assert set(state_of(optimizer)) == set(keys) | more
+        assert set(state_of(optimizer)) <= set(State.__annotations__)
 
 
 def test_a_checkpoint_of_before_conjugate_gradients_goes_on_without_them():
@@ -93,8 +105,8 @@ def test_what_a_step_leaves_can_be_differentiated(route):
     model(x, y).backward()
 
 
-def test_options_may_be_changed_on_the_way():
-    """As for any optimizer, in param_groups: Gauss–Newton asked for in the middle of a polish."""
+def test_options_may_be_changed_in_param_groups():
+    """Gauss–Newton is asked for after a step with the exact Hessian."""
     case = Case((6, 5), 20, inputs=4, loss="mse")
     model, x, y = case.build()
     optimizer = DampedNewton(model, weight_decay=0.05)
@@ -118,6 +130,7 @@ def test_wrong_optimizer_arguments():
         DampedNewton(model).step,
         lambda: None,
     )
+    raises(TypeError, "closure must return the loss, got NoneType", DampedNewton(model).step)
     raises(ValueError, "route='gram' has the Gauss–Newton", DampedNewton, model, route="gram", curvature="hessian")
     raises(ValueError, "weight_decay", DampedNewton, model, weight_decay=-1.0)
     raises(ValueError, "damping must be positive", DampedNewton, model, damping=0.0)

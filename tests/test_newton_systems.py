@@ -60,10 +60,12 @@ def measured_omega(model, index: int, z: Tensor) -> Tensor:
 @pytest.mark.parametrize("metric", ("state", "parameter"))
 @pytest.mark.parametrize("batch", (3, 9))
 def test_sweep_steps_solve_their_system(batch, metric, curvature):
-    """Against products: (G + cI + λD) x = −g, D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) + ρI in hidden layers with
-    metric='state' (A_ℓ alone where it has more rows than there are samples, π by N in place of d), else D = I.
+    """(G + cI + λD) x = −g, checked by products.
 
-    Ω by reverse mode: the mean over samples of Σ_j (∂h_j/∂h_ℓ)ᵀ(∂h_j/∂h_ℓ), j ≥ ℓ hidden."""
+    metric='parameter': D = I. metric='state': D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) + ρI in hidden layers. With fewer
+    samples than inputs A_ℓ stands alone, and N replaces d in π. Ω_ℓ is the mean over samples of
+    Σ_j (∂h_j/∂h_ℓ)ᵀ(∂h_j/∂h_ℓ), hidden j ≥ ℓ, by reverse mode.
+    """
     case, c, damping, rho = Case((6, 4, 7), batch), 0.02, 30.0, 1e-2
     model, x, y = case.build()
     optimizer = DampedNewton(
@@ -98,7 +100,7 @@ def test_sweep_steps_solve_their_system(batch, metric, curvature):
 
 
 def test_polishing_steps_solve_their_system():
-    """With curvature='auto' the exact Hessian's: (H + cI + λρI + (λ/N) Σ S_ℓᵀS_ℓ) x = −g."""
+    """The exact Hessian in curvature='auto': (H + cI + λρI + (λ/N) Σ S_ℓᵀS_ℓ) x = −g."""
     case, c, damping, rho = Case((6, 4, 7), 9), 0.02, 30.0, 1e-2
     model, x, y = case.build()
     optimizer = DampedNewton(model, metric="state", weight_decay=c, metric_damping=rho)
@@ -111,7 +113,7 @@ def test_polishing_steps_solve_their_system():
 
 
 def test_second_order_correction():
-    """−½ (JᵀΛJ + λI)⁻¹ JᵀΛ s₂ with s₂ by torch.func along x: to 2 %, the error of the one-sided difference."""
+    """−½ (JᵀΛJ + λI)⁻¹ JᵀΛ s₂ with s₂ by torch.func, to 2 %: the error of the one-sided difference."""
     case, damping = Case((6, 4), 9, loss="mse"), 300.0
     model, x, y = case.build()
     closure_of(model, x, y)()
@@ -130,7 +132,7 @@ def test_second_order_correction():
 
 
 def test_quasi_newton_steps_are_those_of_bfgs():
-    """−B⁻¹v with B the factored matrix after the updates B ← B − B s sᵀB / sᵀB s + y yᵀ / sᵀy, here dense."""
+    """B⁻¹v, B the factored matrix after the updates B ← B − B s sᵀB / sᵀB s + y yᵀ / sᵀy: here dense."""
     case, c = Case((6, 4, 7), 9), 3.0
     model, x, y = case.build()
     B = dense_objective_hessian(model, x, y, c)
@@ -149,7 +151,7 @@ def test_quasi_newton_steps_are_those_of_bfgs():
 
 
 def test_quasi_newton_steps_learn_from_the_steps_that_were_taken(monkeypatch):
-    """Each pair is a step and what it did to the gradient, from where the one before ended."""
+    """Each secant holds a step and the gradient's change along it, from where the step before ended."""
     model, x, y = Case((6, 5), 20, inputs=4, loss="mse").build()
     optimizer, seen, finished = DampedNewton(model, weight_decay=0.05), [], []
 
@@ -177,7 +179,7 @@ def test_quasi_newton_steps_learn_from_the_steps_that_were_taken(monkeypatch):
 
 
 def test_a_deep_minimum_takes_few_factorizations(monkeypatch):
-    """What one factorization gives is followed by quasi-Newton steps: without them it takes twice as many and more."""
+    """Without the quasi-Newton steps it takes at least twice as many."""
 
     def steps(at_most: int) -> int:
         model, x, y = Case((6,) * 7, 20, inputs=4).build()
@@ -242,7 +244,7 @@ def test_accurate_loss():
     ),
 )
 def test_a_step_is_estimated_by_its_operations(monkeypatch, case, options, route):
-    """To 25 % of what is counted in it; on the meta device as on the model itself."""
+    """To 25 % of the operations counted in it. A model on the meta device gives the same estimate."""
     monkeypatch.setattr(step_cost, "_SWEEP_RATE", 1.0)
     monkeypatch.setattr(input_span, "WIDE_LAYER", 1000)
     iterate = functools.partialmethod(ConjugateGradients.iterate, stop=0.0)  # all iterations

@@ -52,7 +52,7 @@ def test_thirty_layers_are_fitted_in_a_few_steps():
 
 @pytest.mark.parametrize("options", ({}, {"route": "gram"}, {"metric": "parameter"}, {"route": "sweep"}))
 def test_one_class(options):
-    """A loss of zero, whatever the weights: the L2 term is all that a step lowers."""
+    """The loss is zero for any weights. A step lowers the L2 term."""
     model = DeepMLPWithTracking(4, 5, 1, 2).double()
     x, y = torch.ones(3, 4).double(), torch.zeros(3, dtype=torch.long)
     optimizer = DampedNewton(model, weight_decay=0.1, **options)
@@ -63,7 +63,7 @@ def test_one_class(options):
 
 
 def test_a_lost_sample_is_trained_by_the_plain_gradient():
-    """Where π_y underflows, w with Jᵀw = g has no digits."""
+    """π_y underflows, so that w with Jᵀw = g has no correct digits."""
     model, x, y = Case((4,), 6).build()
     with torch.no_grad():
         model.layers[-1].weight.mul_(1e4)
@@ -91,7 +91,7 @@ def test_a_float32_model_trains_in_its_own_dtype():
 
 
 def test_weight_decay_is_that_of_the_objective():
-    """At the end ∇(loss + ½c‖θ‖²) by autograd vanishes, and the dense Hessian of it is positive definite."""
+    """At the end ∇(loss + ½c‖θ‖²), by autograd, vanishes, and its dense Hessian is positive definite."""
     model, x, y = Case((6, 5), 20, inputs=4).build()
     optimizer = DampedNewton(model, weight_decay=0.05)
     for _ in range(300):
@@ -126,7 +126,7 @@ def test_convergence_is_quadratic_at_a_minimum():
 
 
 def saddle() -> tuple[DeepMLPWithTracking, Tensor, Tensor]:
-    """All hidden weights zero: tanh units that do nothing, and a last bias that fits the mean. g = 0, H indefinite."""
+    """g = 0 and H is indefinite: the tanh units do nothing, and the last bias fits the mean."""
     model = DeepMLPWithTracking(3, (5, 4), 2, 2, loss="mse").double()
     x = random_vector(3, 8).T.contiguous()
     y = torch.stack([x[:, 0] * x[:, 1], x[:, 2]], 1)
@@ -153,8 +153,8 @@ def test_a_strict_saddle_is_left():
     assert optimizer.report.objective < 0.1 * report.objective
 
 
-def test_a_saddle_is_left_where_the_gradient_is_small_only():
-    """‖g‖ is above gtol, but a step along −g lowers f by nothing that can be seen."""
+def test_a_saddle_is_left_where_the_gradient_is_small_but_not_zero():
+    """‖g‖ is above gtol, but the decrease along −g is below the rounding of f."""
     model, x, y = saddle()
     with torch.no_grad():
         model.layers[2].bias += 1e-10
@@ -193,7 +193,7 @@ plain_logits = Objective.logits
 
 
 def poison_trials(monkeypatch, value: float | None) -> None:
-    """Logits that overflow wherever the parameters differ from the present ones."""
+    """Let the logits be `value` at all parameters but the present ones; None: undo that."""
 
     def poisoned(self: Objective, theta: Tensor) -> Tensor:
         out = plain_logits(self, theta)
@@ -243,7 +243,7 @@ def test_one_bad_batch_does_not_end_gauss_newton(monkeypatch):
     assert methods[2] == "gauss_newton" and methods[4] == "gauss_newton", methods
 
 
-def test_damping_comes_down_from_where_it_promises_nothing():
+def test_damping_comes_down_from_where_the_model_promises_no_decrease():
     model, x, y = Case((6, 5), 14, inputs=4).build()
     optimizer = DampedNewton(model, curvature_batch=5, damping=1e16)
     before = model(x, y).item()
@@ -252,8 +252,8 @@ def test_damping_comes_down_from_where_it_promises_nothing():
     assert model(x, y).item() < 0.5 * before
 
 
-def test_damping_comes_back_from_that_of_data_that_were_fitted():
-    """λ of 1e-50, and then other samples: the λ that none of twelve was enough for is where the next step begins."""
+def test_a_tiny_damping_rises_on_other_data():
+    """λ is 1e-50. Where twelve larger ones are not enough, the next step begins at the largest of them."""
     for options in (
         {"curvature_batch": 4, "cg_iterations": 8},
         {"curvature_batch": 4, "cg_iterations": 1},
@@ -273,8 +273,7 @@ def test_damping_comes_back_from_that_of_data_that_were_fitted():
 
 
 def test_the_least_damping_falls_with_the_loss_and_comes_back():
-    """Below a loss of 1e-30 a λ of 1e-30 would be all that counts: steps along the gradient. Of other data λ is not
-    that of those that were fitted."""
+    """At a loss below 1e-30, a λ of 1e-30 would dominate the curvature. On other data λ must rise again."""
     model, x, y = Case((8, 8), 12, inputs=6).build()
     optimizer = DampedNewton(model, curvature_batch=8, gtol=0.0)
     state = state_of(optimizer)
@@ -314,7 +313,7 @@ WIDE = Case((7, 6), 9, inputs=60, classes=4)
     ids=str,
 )
 def test_a_wide_first_layer_moves_in_the_span_of_its_inputs(monkeypatch, options, size, bias):
-    """The same steps as in all its weights, earlier steps and decay included."""
+    """The same steps as with all its weights, with momentum and an L2 term."""
 
     def trained(wide: int) -> tuple[Tensor, list]:
         monkeypatch.setattr(input_span, "WIDE_LAYER", wide)
@@ -332,7 +331,7 @@ def test_a_wide_first_layer_moves_in_the_span_of_its_inputs(monkeypatch, options
 
 
 def test_a_wide_first_layer_is_polished_to_a_certified_minimum(monkeypatch):
-    """With curvature='auto': the gradients on the way there are taken in the span, too."""
+    """With curvature='auto': the gradients of the quasi-Newton steps are taken in the span, too."""
     monkeypatch.setattr(input_span, "WIDE_LAYER", 1)
     model, x, y = WIDE.build()
     optimizer, methods = DampedNewton(model, weight_decay=1e-2), set()

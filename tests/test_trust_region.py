@@ -45,7 +45,7 @@ RADII = (1e-6, 0.1, 1.0, 10.0, 1e5)
 
 
 class Problem(NamedTuple):
-    """A network after so many steps of Adam on its loss + ½w‖θ‖²."""
+    """A network after some steps of Adam on its loss + ½w‖θ‖²."""
 
     case: Case
     steps: int = 0
@@ -132,7 +132,7 @@ def dense(problem: Problem) -> Dense:
 
 
 def vectors(problem: Problem) -> dict[str, Tensor]:
-    """The gradient; any vector; one in the hard case to rounding, one nearly in it; and zero."""
+    """The gradient, a random vector, one in the hard case, one nearly in it, and zero."""
     d = dense(problem)
     U = d.lowest()
     hard = d.gradient - U @ (U.T @ d.gradient)
@@ -144,7 +144,7 @@ def vectors(problem: Problem) -> dict[str, Tensor]:
         "nearly hard": hard + 1e-7 * hard.norm() * U[:, 0],
         "zero": torch.zeros_like(hard),
     }
-    if problem not in INDEFINITE:  # λ_min ≥ 0 is no hard case; so small a part near the null space is left unused
+    if problem not in INDEFINITE:  # λ_min ≥ 0 is no hard case, and so small a part near the null space is not used
         del found["nearly hard"]
     return found
 
@@ -163,7 +163,7 @@ def steps(problem: Problem) -> dict[tuple[str, float, str], TrustRegionStep]:
 
 
 def check_step(step: TrustRegionStep, d: Dense, g: Tensor, radius: float, rtol: float = 1.01e-4) -> None:
-    """The decrease of the best step within rtol, and what the fields say."""
+    """The decrease is that of the best step, within rtol, and the fields are true."""
     p = step.step
     decrease = -float(g @ p + 0.5 * p @ d.A @ p)
     best = d.best_decrease(g, radius)
@@ -181,7 +181,7 @@ def check_step(step: TrustRegionStep, d: Dense, g: Tensor, radius: float, rtol: 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=problem_id)
 def test_global_optimum(problem):
-    """Gradients, any vector, the hard case, nearly the hard case, g = 0; tiny to huge radii; both routes."""
+    """All vectors, tiny to huge radii, both routes."""
     d = dense(problem)
     for (name, radius, _), step in steps(problem).items():
         g = vectors(problem)[name]
@@ -191,7 +191,7 @@ def test_global_optimum(problem):
 
 
 def test_the_problems_have_every_case():
-    """Interior steps, boundary steps, hard ones; curvature of either sign: so that the test above tests them."""
+    """Interior, boundary and hard steps, and curvature of either sign. Else the test above would test less."""
     found = [step for problem in PROBLEMS for step in steps(problem).values()]
     assert sum(not step.on_boundary for step in found) >= 30
     assert sum(step.hard_case for step in found) >= 150
@@ -209,7 +209,7 @@ def test_number_of_factorizations():
 
 @pytest.mark.parametrize("problem", INDEFINITE, ids=problem_id)
 def test_hard_case(problem):
-    """g ⟂ the eigenspace of λ_min, a large ball: λ = −λ_min, and the eigenvector takes p to the boundary."""
+    """g is orthogonal to the eigenspace of λ_min, the ball is large: λ = −λ_min, and p is mostly the eigenvector."""
     d, U = dense(problem), dense(problem).lowest()
     for route in ("sweep", "dense"):
         step = steps(problem)["hard", 1e5, route]
@@ -220,7 +220,7 @@ def test_hard_case(problem):
 
 
 def test_hard_case_takes_the_lower_sign():
-    """T = diag(−1, 1, 2): λ = 1 gives y = −c/(T + λ) off the eigenvector, which goes against the slope along it."""
+    """T = diag(−1, 1, 2): y = −c/(T + 1) off the eigenvector. The part along it goes against the slope."""
     T = np.diag([-1.0, 1.0, 2.0])
     for slope in (1e-20, -1e-20):
         found = trust_region._solve_reduced(T, np.array([slope, 0.4, 0.3]), 5.0)
@@ -247,7 +247,7 @@ def test_zero_gradient_at_a_minimum():
 
 
 def test_interior_step_is_newtons():
-    """Where A is definite and the ball large, p = −A⁻¹g: at the minimum with an L2 term, and for a convex loss."""
+    """Where A is definite and the ball large, p = −A⁻¹g: near a minimum with an L2 term, and for a convex loss."""
     for problem in PROBLEMS[8:10]:
         d = dense(problem)
         step = steps(problem)["gradient", 1e5, "sweep"]
@@ -270,7 +270,7 @@ def test_tighter_proof():
 
 @pytest.mark.parametrize("problem", PROBLEMS[6:14:2] + PROBLEMS[11:12], ids=problem_id)
 def test_a_poor_search_is_found_out(problem, monkeypatch):
-    """A Krylov space of 3 blocks misses λ_min: the factorizations say so, and the step is still the best one."""
+    """A Krylov space of 3 blocks misses λ_min. The factorizations tell, and the step is still the best one."""
     search = functools.partial(trust_region._krylov_space, max_blocks=3)
     monkeypatch.setattr(trust_region, "_krylov_space", search)
     d, counts = dense(problem), []
@@ -284,7 +284,7 @@ def test_a_poor_search_is_found_out(problem, monkeypatch):
 
 
 def test_inaccurate_solves_prove_nothing(monkeypatch):
-    """Solves that are off by 1 % widen the gap: an error, not a step that is called proved."""
+    """Solves that are off by 1 % widen the gap: an error is raised."""
     refined = HessianFactorization._refined
 
     def inaccurate(self: HessianFactorization, v: Tensor, rtol: float) -> Refined:
@@ -297,8 +297,10 @@ def test_inaccurate_solves_prove_nothing(monkeypatch):
 
 
 def test_rounding_near_zero(monkeypatch):
-    """A semidefinite matrix whose Cholesky factorization fails below 1e-8 ‖A‖: that λ stands for 0 then, in few trials;
-    but failures up to 1e-4 ‖A‖ are never taken for rounding."""
+    """A is semidefinite, and its Cholesky factorization fails up to some λ.
+
+    Up to 1e-8 ‖A‖ that is rounding, and this λ stands for 0. Up to 1e-4 ‖A‖ it is not taken for rounding.
+    """
     d, factorize = dense(PROBLEMS[8]), trust_region.factorize_definite
     for least, proved in ((1e-8, True), (1e-4, False)):
 
@@ -320,7 +322,7 @@ def test_rounding_near_zero(monkeypatch):
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("mu", [0.0, 0.5])
 def test_modified_curvature(curvature, mu):
-    """What an optimizer passes: layers with a state damping or Gauss–Newton curvature, and an L2 term."""
+    """Layers with a state damping or Gauss–Newton curvature, and an L2 term: what the optimizer passes."""
     for case in (Case((9, 8, 11), 6), Case((6, 4, 7), 15)):
         model, loss = tracked_loss(case)
         g, w = gradient(model, loss), 1e-3
@@ -368,7 +370,7 @@ def test_wrong_input():
 
 @pytest.mark.parametrize("case", [p.case for p in PROBLEMS[:8]] + [Case((6,), 2, classes=40, inputs=30)], ids=case_id)
 def test_definite_factorizations(case):
-    """A factorization exactly where A + εI is definite, the same as without the early stop; else a share below 1."""
+    """Where A + εI is definite, the factorization that an early stop doesn't change; else the share that was done."""
     model, loss = tracked_loss(case)
     layers, eigenvalues = compute_layer_derivatives(model), torch.linalg.eigvalsh(dense_hessian(case))
     v, shares = random_vector(num_parameters(model)), []
@@ -389,7 +391,7 @@ def test_definite_factorizations(case):
 
 
 def test_an_early_stop_saves_what_it_says():
-    """The share of operations, against torch's counter: a stop in the layers near the output is cheap."""
+    """The share of operations, against torch's counter. A stop in a layer near the output is cheap."""
     model, loss = tracked_loss(Case((9, 8, 11) * 4, 6, inputs=7, classes=5))
     layers = compute_layer_derivatives(model)
     lowest = float(torch.linalg.eigvalsh(hessian._dense_hessian(layers))[0])
@@ -411,7 +413,7 @@ def test_an_early_stop_saves_what_it_says():
 
 
 def test_dense_matrix_given():
-    """A Hessian formed before is used, and kept."""
+    """A Hessian that was formed before is used, and not changed."""
     model, loss = tracked_loss(Case((6, 4, 7), 15))
     layers, H = compute_layer_derivatives(model), dense_hessian(Case((6, 4, 7), 15))
     H, v = H.clone(), random_vector(len(H))
