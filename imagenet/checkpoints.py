@@ -6,7 +6,6 @@ import contextlib
 import math
 import pickle
 import struct
-import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imagenet.messages import RunError, one_line
+from imagenet.messages import RunError, one_line, warn
 
 # what zipfile, torch.load and the readers of a checkpoint raise if it is damaged
 DAMAGED = (
@@ -62,7 +61,7 @@ def latest_checkpoint(folder: Path) -> dict[str, Any] | None:
             try:
                 return read_checkpoint(path)
             except RunError as error:
-                print(f"warning: {error}: it is passed over", file=sys.stderr)
+                warn(f"{error}: it is passed over")
     return None
 
 

@@ -12,6 +12,7 @@ from hessian import ACTIVATIONS
 from imagenet.data import DUMMY_CLASSES, DUMMY_IMAGES, available_cores
 
 LARGEST = 2**31  # integer flag
+LARGEST_FLOAT = 3e38  # float32 ends there
 PRECISIONS = ("float32", "float64")
 
 
@@ -73,19 +74,15 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             yield f"--{name.replace('_', '-')} must be positive, got {value}"
     not_negative = (
-        "num_workers",
-        "max_bad_images",
-        "weight_decay",
-        "warmup_epochs",
-        "clip_grad_norm",
-        "checkpoint_minutes",
+        *("num_workers", "max_bad_images", "weight_decay", "warmup_epochs", "clip_grad_norm", "checkpoint_minutes"),
     )
     for name in not_negative:
         if (value := getattr(args, name)) is not None and not 0 <= value < math.inf:
             yield f"--{name.replace('_', '-')} must be ≥ 0, got {value}"
     for name, value in vars(args).items():
-        if isinstance(value, int) and abs(value) >= LARGEST:
-            yield f"--{name.replace('_', '-')} must be below {LARGEST}, got {value}"
+        largest = LARGEST if isinstance(value, int) else LARGEST_FLOAT
+        if isinstance(value, int | float) and abs(value) >= largest:
+            yield f"--{name.replace('_', '-')} must be below {largest}, got {value}"
     if (args.hessian_batch_size or 0) > args.batch_size:
         yield f"--hessian-batch-size {args.hessian_batch_size} is more than --batch-size {args.batch_size}"
     if args.amp and args.precision == "float64":

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from imagenet.command_line import parse
 from imagenet.data import DataError
-from imagenet.messages import RunError, one_line
+from imagenet.messages import RunError, one_line, say
 from imagenet.ranks import Signals, join_world
 from imagenet.run_setup import run
 from imagenet.training import Stopped
@@ -39,14 +39,14 @@ def main(argv: list[str] | None, description: str | None = None) -> int:
     except Stopped as stop:
         last = args.checkpoint_dir / "last.pt"
         goes_on = f": --resume goes on from {last}" if last.exists() and not args.evaluate else ""
-        print(f"stopped by {signal.Signals(stop.number).name}{goes_on}", file=sys.stderr)
+        say(f"stopped by {signal.Signals(stop.number).name}{goes_on}", sys.stderr)
         return 128 + stop.number
     except (RunError, DataError, OSError, torch.linalg.LinAlgError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        say(f"error: {one_line(error)}", sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         if (known := known_failure(error)) is None:
             raise
-        print(f"error: {known}", file=sys.stderr)
+        say(f"error: {known}", sys.stderr)
         return 1
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from hessian import ACTIVATIONS
 from imagenet.checkpoints import check_like, damage_named, latest_checkpoint, read_checkpoint
 from imagenet.command_line import LARGEST, PRECISIONS, problems
 from imagenet.memory_plan import meta_model
-from imagenet.messages import RunError, say
+from imagenet.messages import RunError, say, warn
 from imagenet.ranks import World
 from imagenet.run_folder import latest_aside, move_run_aside
 
@@ -62,7 +61,7 @@ def check_config(state: State, config: dict[str, Any], world: World) -> None:
         listed = ", ".join(f"{name} {saved[name]} there and {config[name]} here" for name in different)
         raise RunError(f"{state['path']} is of another run: {listed}. Pass what it has, or another --checkpoint-dir")
     for name in changed if world.first else ():
-        print(f"warning: {name} was {saved[name]}, is {config[name]}: it goes on, not bit for bit", file=sys.stderr)
+        warn(f"{name} was {saved[name]}, is {config[name]}: it goes on, not bit for bit")
 
 
 def check_classes(state: State, classes: list[str]) -> None:

@@ -6,13 +6,12 @@ import contextlib
 import fcntl
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from itertools import count, takewhile
 from pathlib import Path
 from typing import BinaryIO
 
-from imagenet.messages import RunError, say
+from imagenet.messages import RunError, say, warn
 
 RUN_FILES = (
     *("metrics.csv", "curves.png", "tensorboard", "nan-batch-rank*.json"),
@@ -36,7 +35,7 @@ def locked(folder: Path) -> Iterator[None]:
                 "another --checkpoint-dir"
             ) from error
         except OSError as error:
-            print(f"warning: {folder} can't be locked ({error}): let no second run write to it", file=sys.stderr)
+            warn(f"{folder} can't be locked ({error}): let no second run write to it")
         lock.truncate(0)
         lock.write(f"{os.getpid()} on {platform.node()}")
         lock.flush()

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from hessian import DeepMLPWithTracking
 from imagenet.checkpoints import check_like, damage_named
 from imagenet.data import Batch, Batches, Loader, standardized
-from imagenet.messages import RunError
+from imagenet.messages import RunError, warn
 from imagenet.progress import Progress, Scores, write_metrics
 from imagenet.ranks import Signals, World
 from imagenet.run_folder import write_durably
@@ -116,7 +115,7 @@ class Run:
             if path not in counted:
                 counted.append(path)
                 if self.world.first:
-                    print(f"warning: {path} can't be read and is skipped: {reason}", file=sys.stderr)
+                    warn(f"{path} can't be read and is skipped: {reason}")
         if len(counted) > self.args.max_bad_images:
             raise RunError(
                 f"{len(counted)} images can't be read, the last one {counted[-1]}: repair the files named above, or "

@@ -70,8 +70,9 @@ def test_data_that_is_not_as_it_should_be(tree, capsys, how):
 @pytest.mark.parametrize(
     "wrong",
     (
-        "--epochs 0", "--lr -1", "--lr nan", "--hessian-batch-size 17", "--amp fp16 --precision float64",
-        "--max-bad-images -1", "--curvature fisher", "--batch-size 0", "--no-such-flag",
+        "--epochs 0", "--lr -1", "--lr nan", "--lr 1e39", "--weight-decay 1e300", "--hessian-batch-size 17",
+        "--amp fp16 --precision float64", "--max-bad-images -1", "--curvature fisher", "--batch-size 0",
+        "--no-such-flag",
     ),
 )  # fmt: skip
 def test_wrong_flags_exit_with_2(wrong):
@@ -148,7 +149,7 @@ def test_running_out_of_memory_is_said_in_one_line(tmp_path, capsys, monkeypatch
     assert "--hessian-batch-size" in error_of(flags(DUMMY, checkpoint_dir=tmp_path), capsys)
 
 
-def test_names_that_are_not_utf_8(tree, tmp_path):
+def test_names_that_are_not_utf_8(tree, tmp_path, capsys):
     odd = os.fsdecode(b"\xff\xfe")
     for part in ("train", "val"):
         (tree / part / "n01443537").rename(tree / part / f"n{odd}")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import multiprocessing
 import os
 import resource
 import signal
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -150,6 +154,18 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path, capsys):
     assert run_ranks([argv, argv], tmp_path) == [0, 0]
 
 
+def test_a_worker_that_lives_on_does_not_keep_the_lock(tmp_path):
+    with locked(tmp_path):
+        forks = multiprocessing.get_context("fork")
+        began = forks.Event()
+        worker = forks.Process(target=lambda: (began.set(), time.sleep(60)))
+        worker.start()
+        assert began.wait(10)
+    with locked(tmp_path):
+        worker.kill()
+    worker.join()
+
+
 def test_the_lock_stays_while_a_run_is_moved_aside_and_goes_with_its_process(tmp_path, capsys):
     argv = flags(DUMMY, checkpoint_dir=tmp_path / "run", checkpoint_minutes=0)
     assert main([*argv, "--epochs", "1"]) == 0
@@ -177,6 +193,20 @@ def test_a_file_is_whole_or_what_it_was(tmp_path, monkeypatch):
     assert path.read_bytes() == b"before"
 
 
+class FullDisk(io.RawIOBase):
+    def __init__(self, free: int):
+        self.free = free
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.free -= len(data)
+        if self.free < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return len(data)
+
+
 def test_a_disk_that_fills_at_any_place_keeps_the_old_file(tmp_path):
     state = {"weights": [torch.rand(100) for _ in range(20)]}
     path, before = tmp_path / "last.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -189,4 +219,7 @@ def test_a_disk_that_fills_at_any_place_keeps_the_old_file(tmp_path):
                 write_durably(path, lambda file: torch.save(state, file))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert contents(tmp_path) == {"last.pt": old}
+        with pytest.raises(OSError, match="No space left"):  # torch itself raises a RuntimeError at some places
+            write_durably(path, lambda _, size=size: torch.save(state, FullDisk(size)))
         assert contents(tmp_path) == {"last.pt": old}
