@@ -419,22 +419,3 @@ def _transposed(layers: Sequence[LayerDerivatives], delta: Tensor) -> Tensor:
         products.append(delta.mT @ layer.inputs)
         beta = with_skip(layer.skip, delta @ layer.weight, beta)
     return flatten_blocks(layers, products[::-1])
-
-
-def count_state_weights(layers: Sequence[LayerDerivatives]) -> float:
-    """Floating-point operations of `state_weights`, to leading order."""
-    N = len(layers[0].inputs)
-    return sum(4 * N * len(layer.weight) ** 2 * layer.weight.shape[1] for layer in layers[1:-1])
-
-
-def count_gram_operations(
-    layers: Sequence[LayerDerivatives], metric: str, weight_decay: float, num_dampings: int
-) -> float:
-    """Floating-point operations of the Gram matrices and their factorizations, to leading order."""
-    K = layers[-1].weight.shape[0] - layers[-1].loss_hessian.zero_sum
-    N = len(layers[0].inputs)
-    state = metric == "state"
-    num_matrices = num_dampings if state and weight_decay else 1
-    matrix = 2 * (N * K) ** 2 * sum(len(layer.weight) + 1 for layer in layers)  # E Eᵀ, and its product with z̃z̃ᵀ
-    weights = count_state_weights(layers) if state else 0
-    return num_matrices * matrix + weights + num_dampings * (N * K) ** 3 / 3

@@ -8,19 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from _hessian.costs import count_operations, shapes_of_layers
-from _hessian.gram import DampedSystem, GramSystem, count_gram_operations
-from _hessian.layers import LayerDerivatives
-from _hessian.newton_options import Options
+from _hessian.gram import DampedSystem, GramSystem
 from _hessian.newton_problem import Preconditioner, Solution, StepProblem
-
-
-def prefers_gram(layers: Sequence[LayerDerivatives], options: Options) -> bool:
-    """Whether Gauss–Newton steps are by the Gram matrix: as asked for, or by counted operations for three λ."""
-    if options.route != "auto":
-        return options.route == "gram"
-    others = count_operations(shapes_of_layers(layers), len(layers[0].inputs))
-    return count_gram_operations(layers, options.metric, options.weight_decay, 3) <= min(others.values())
 
 
 class GramSteps:
@@ -41,9 +30,9 @@ class GramSteps:
                 return system
         return GramSystem(layers, options.metric, options.metric_damping, c, problem.gradient, without_residual=True)
 
-    def solve(self, dampings: Sequence[float], corrected: bool = True) -> list[Solution]:
-        """corrected: with a second-order correction, for the mean square loss on all samples."""
-        corrected = corrected and self.problem.objective.loss == "mse" and self.problem.all_samples
+    def solve(self, dampings: Sequence[float]) -> list[Solution]:
+        """With a second-order correction, for the mean square loss on all samples."""
+        corrected = self.problem.objective.loss == "mse" and self.problem.all_samples
         found, systems, changes = [], [], []
         for damping in dampings:
             damped = self.system.factorize(damping)

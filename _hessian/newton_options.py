@@ -53,9 +53,12 @@ class Options(NamedTuple):
         for name, number in (("weight_decay", self.weight_decay), ("gtol", self.gtol), ("htol", self.htol)):
             checked_nonnegative(name, number)
 
+    def curvature_samples(self, batch_size: int) -> int:
+        """How many samples the curvature is of."""
+        return min(batch_size, self.curvature_batch or batch_size)
+
     def uses_all_samples(self, batch_size: int) -> bool:
-        """Whether the curvature is that of the whole batch."""
-        return self.curvature_batch is None or self.curvature_batch >= batch_size
+        return self.curvature_samples(batch_size) == batch_size
 
     def uses_conjugate_gradients(self, batch_size: int) -> bool:
         """Whether the sub-batch preconditions conjugate gradients on the whole batch."""

@@ -44,7 +44,7 @@ class StepProblem:
         step: int,
     ):
         self.options, self.batch = options, batch
-        N, size = len(batch.inputs), options.curvature_batch
+        N = len(batch.inputs)
         self.all_samples = options.uses_all_samples(N)
         self.conjugate_gradients = options.uses_conjugate_gradients(N)
         self.least_damping = _least_damping(float(batch.value), layers[-1].loss_hessian)
@@ -62,7 +62,7 @@ class StepProblem:
         self.curvature_layers = layers  # of the sub-batch, if there is one
         if not self.all_samples:
             generator = torch.Generator().manual_seed(1_000_003 * options.seed + step)
-            chosen = torch.randperm(N, generator=generator)[:size].sort().values
+            chosen = torch.randperm(N, generator=generator)[: options.curvature_samples(N)].sort().values
             self.curvature_layers = sub_batch(layers, chosen.to(layers[0].inputs.device))
 
 

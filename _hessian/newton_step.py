@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from _hessian.conjugate_gradients import ConjugateGradients
+from _hessian.costs import shapes_of_layers
 from _hessian.damping_search import ROUNDING, DampingFactors, Search, SearchResult, Trial
 from _hessian.factored_steps import FactoredSteps, Tools, definite_factorization
-from _hessian.gram_steps import GramSteps, prefers_gram
+from _hessian.gram_steps import GramSteps
 from _hessian.layers import SingularHessianError
 from _hessian.newton_options import MOMENTUM_DECAYS, PATIENCE, State
 from _hessian.newton_problem import StepProblem, batch_fingerprint
 from _hessian.quasi_newton import quasi_newton_steps
-from _hessian.step_cost import sweep_bytes
+from _hessian.step_cost import prefers_gram, sweep_bytes
 from _hessian.trial_losses import Steps
 from _hessian.trust_region import solve_trust_region
 
@@ -56,7 +57,8 @@ class NewtonStep:
 
     @cached_property
     def gauss_newton(self) -> GramSteps | FactoredSteps:
-        if prefers_gram(self.problem.curvature_layers, self.options):
+        layers = self.problem.curvature_layers
+        if prefers_gram(shapes_of_layers(layers), len(layers[0].inputs), self.options):
             return GramSteps(self.problem)
         return FactoredSteps(self.problem, self.tools, "gauss_newton")
 
@@ -89,7 +91,8 @@ class NewtonStep:
         """Whether the curvature is that of all samples, and H can be factored in the memory allowed for it."""
         if not self.problem.all_samples or self.hessian.is_dense:
             return self.problem.all_samples
-        return sweep_bytes(self.problem.layers) <= 2**32
+        layers = self.problem.layers
+        return sweep_bytes(shapes_of_layers(layers), len(layers[0].inputs)) <= 2**32
 
     def _is_second_order_point(self) -> bool:
         layers, solver = self.problem.layers, self.tools.solver
@@ -200,11 +203,7 @@ class NewtonStep:
         Then f has a residual there. The model lacks its curvature, and more Gauss–Newton steps won't help.
         """
         damping = max(1e-6 * self.state["damping"], self.problem.least_damping)
-        systems = self.gauss_newton
-        if isinstance(systems, GramSteps):
-            solutions = systems.solve([damping], corrected=False)
-        else:
-            solutions = systems.solve([damping])
+        solutions = self.gauss_newton.solve([damping])
         return bool(solutions) and self.search.predicted_decrease(solutions[0]) < 0.1 * self.search.before
 
     # --------------------------------------------------------------------------------------------- exact Hessian

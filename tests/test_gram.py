@@ -8,14 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from _hessian.gram import (
-    GramSystem,
-    count_gram_operations,
-    gauss_newton_product,
-    scaled_output,
-    split_damping,
-)
+from _hessian.costs import shapes_of_layers
+from _hessian.gram import GramSystem, gauss_newton_product, scaled_output, split_damping
+from _hessian.step_cost import count_gram_operations
 from hessian import compute_layer_derivatives
+from newton import DampedNewton
 from tests.newton_oracles import eye, logits_jacobian, output_hessian
 from tests.oracles import (
     Case,
@@ -151,7 +148,8 @@ def test_gram_operations_are_what_is_counted(metric, weight_decay):
     num_matrices = len(dampings) if metric == "state" and weight_decay else 1
     elementwise = 2 * (N * K) ** 2 * len(layers) * num_matrices  # a product and a sum, which the counter doesn't see
     counted = counted_operations(work) + elementwise
-    assert counted == pytest.approx(count_gram_operations(layers, metric, weight_decay, 3), rel=0.15)
+    options = DampedNewton(model, metric=metric, weight_decay=weight_decay)._options()
+    assert counted == pytest.approx(count_gram_operations(shapes_of_layers(layers), N, options, 3), rel=0.15)
 
 
 def test_a_metric_that_overflows_gives_no_step():

@@ -175,7 +175,7 @@ def test_gauss_newton_alone_stays_on_a_saddle_and_says_so():
 
 
 def test_no_exact_hessian_beyond_its_memory(monkeypatch):
-    monkeypatch.setattr(newton_step, "sweep_bytes", lambda layers: math.inf)
+    monkeypatch.setattr(newton_step, "sweep_bytes", lambda shapes, N: math.inf)
     monkeypatch.setattr(FactoredSteps, "is_dense", False)
     model, x, y = Case((6, 5), 20, inputs=4, loss="mse").build()
     optimizer, methods = DampedNewton(model, weight_decay=0.05, gtol=1e-6), set()
