@@ -176,7 +176,7 @@ class DampedNewton(torch.optim.Optimizer):
         """What a step on a batch of this size takes, before it is taken. The model may be one on the meta device.
 
         num_dampings: λ that it tries (`report.num_trials`). None: 3 by the Gram route without conjugate gradients,
-        which brackets the best one; else 1, the least: a λ that is not good enough is raised for another solve.
+        which brackets the best one; else 1. A λ that is not good enough is raised, for another solve.
         Quasi-Newton steps after one with the exact Hessian are not counted.
         """
         return estimate_step_cost(self._network(), self._options(), batch_size, num_dampings)

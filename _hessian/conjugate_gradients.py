@@ -58,14 +58,14 @@ class ConjugateGradients:
         self.progress = 0.0 if count == 1 else 1.0  # one iteration can't measure it
         for i in range(count):
             d = preconditioner.inverse(descent.residual)
-            left = float(descent.residual @ d)
+            squared_norm = float(descent.residual @ d)
             if i == 0:
-                first = left
+                first = squared_norm
             else:
-                self.progress = left / first
-            if i > 0 and not left > stop * first:
+                self.progress = squared_norm / first
+            if i > 0 and not squared_norm > stop * first:
                 break
-            if not (left > 0 and descent.minimize_along(d)):
+            if not (squared_norm > 0 and descent.minimize_along(d)):
                 if i == 0 and descent.residual.any():
                     return None
                 break

@@ -37,7 +37,7 @@ class SearchResult(NamedTuple):
 class SearchSettings(NamedTuple):
     damping_factor: float  # between neighbouring λ of a bracket
     lengths: tuple[float, ...]  # a
-    extend_below: float  # a step that lowers f by less than this fraction is extended along earlier steps
+    momentum_threshold: float  # earlier steps are added to one that lowers f by less than this fraction of it
 
 
 class DampingFactors(NamedTuple):
@@ -82,7 +82,7 @@ class Search:
         return self._before
 
     def within_limits(self, damping: float) -> float:
-        return min(max(damping, self.problem.least_damping), LARGEST_DAMPING)
+        return min(max(damping, self.problem.smallest_damping), LARGEST_DAMPING)
 
     def predicted_decrease(self, solution: Solution) -> float:
         """By how much x lowers f, according to the damped quadratic model."""
@@ -115,7 +115,7 @@ class Search:
     def bracket(self, solve: Solve, start: float) -> SearchResult:
         """Try three λ around the last, then more beyond, as long as the best one is the outermost."""
         problem, factor = self.problem, self.settings.damping_factor
-        start = max(start, problem.least_damping)
+        start = max(start, problem.smallest_damping)
         tried: list[float] = []
         best: Trial | None = None
         wanted = [start * factor, start, start / factor]
@@ -130,7 +130,7 @@ class Search:
                 wanted = [min(tried) / factor]
             else:
                 break
-            if not problem.least_damping < wanted[0] < LARGEST_DAMPING:
+            if not problem.smallest_damping < wanted[0] < LARGEST_DAMPING:
                 break
         self.num_dampings, self.largest_damping = len(tried), max(tried)
         return SearchResult(best, best.damping if best is not None and best.value < self.before else None)
@@ -146,8 +146,8 @@ class Search:
 
         may_fall: whether the next λ may be the lowered one, where the first λ did well.
         """
-        least = self.problem.least_damping
-        damping = max(start, least)
+        smallest = self.problem.smallest_damping
+        damping = max(start, smallest)
         best: Trial | None = None
         for trial in range(_MAX_ROUNDS):
             self.num_dampings, self.largest_damping = trial + 1, damping
@@ -156,7 +156,7 @@ class Search:
                 if best.value < self.before:
                     at_once = trial == 0 and may_fall(best)
                     factor = factors.shortened if best.length < 1 else factors.lowered if at_once else factors.kept
-                    return SearchResult(best, max(factor * damping, least))
+                    return SearchResult(best, max(factor * damping, smallest))
                 if not self.predicted_decrease(solutions[0]) > ROUNDING * abs(self.before):
                     self.promised_nothing = True  # and a larger λ promises less
                     break
@@ -167,13 +167,13 @@ class Search:
 
     # ------------------------------------------------------------------------------------ beyond the best solution
 
-    def extended(self, best: Trial, directions: Sequence[Tensor]) -> Trial:
+    def add_direction(self, best: Trial, directions: Sequence[Tensor]) -> Trial:
         """The best step, or its sum with a multiple of a direction (P,)."""
         rows = Steps([((1.0, best.step), (c, d)) for c in (1.0, 3.0) for d in directions])
         found = self.best_of(rows, [best.damping] * len(rows), [best.length] * len(rows))
         return found if found.value < best.value else best
 
-    def lengthened(self, best: Trial) -> Trial:
+    def double_while_lower(self, best: Trial) -> Trial:
         """The best step, doubled as long as f falls by 10 %; only where the longest one tried was the best."""
         if not best.value < self.before or best.length < max(self.settings.lengths):
             return best

@@ -105,7 +105,7 @@ class FactoredSteps:
     def damped_layers(self, damping: float) -> tuple[Layers, float]:
         """The matrix G + cI + λD as layers, and the multiple of the identity that remains."""
         problem, options = self.problem, self.problem.options
-        damping = 0.0 if damping <= problem.least_damping else damping
+        damping = 0.0 if damping <= problem.smallest_damping else damping
         by_state = damping > 0 and options.metric == "state"
         # With the exact Hessian in the bent valleys about a minimum, it is better to let the layers' changes cancel:
         # their joint change is penalized, not that of each layer.

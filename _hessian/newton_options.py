@@ -65,8 +65,8 @@ class Options(NamedTuple):
         return self.curvature != "hessian" and self.cg_iterations > 0 and not self.uses_all_samples(batch_size)
 
 
-def _is_integer(value: object, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+def _is_integer(value: object, minimum: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
 
 
 class State(TypedDict, total=False):

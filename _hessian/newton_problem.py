@@ -47,7 +47,7 @@ class StepProblem:
         N = len(batch.inputs)
         self.all_samples = options.uses_all_samples(N)
         self.conjugate_gradients = options.uses_conjugate_gradients(N)
-        self.least_damping = _least_damping(float(batch.value), layers[-1].loss_hessian)
+        self.smallest_damping = _smallest_damping(float(batch.value), layers[-1].loss_hessian)
         self.span: InputSpan | None = None
         if is_wide(N, layers[0].inputs.shape[1], len(layers[0].weight)):
             self.span = InputSpan.build(layers[0], network.linears[0].bias)
@@ -66,7 +66,7 @@ class StepProblem:
             self.curvature_layers = sub_batch(layers, chosen.to(layers[0].inputs.device))
 
 
-def _least_damping(loss: float, output: OutputHessian) -> float:
+def _smallest_damping(loss: float, output: OutputHessian) -> float:
     """Any λ of 1e-30 or less stands for 0. It is less where a cross-entropy, and the curvature with it, is below 1."""
     scale = 1.0
     if output.zero_sum:

@@ -23,7 +23,7 @@ from _hessian.step_cost import prefers_gram, sweep_bytes
 from _hessian.trial_losses import Steps
 from _hessian.trust_region import solve_trust_region
 
-_INVISIBLE = 1e-9  # relative to f: trials can't compare a smaller decrease
+_INVISIBLE_DECREASE = 1e-9  # relative to f: trials can't compare a smaller decrease
 
 
 class StepReport(NamedTuple):
@@ -119,7 +119,7 @@ class NewtonStep:
         found = self._search_by_conjugate_gradients() if problem.conjugate_gradients else self._search_directly()
         if found.next_damping is not None:
             state["damping"] = found.next_damping
-        accepted = self._finish("gauss_newton", self._extended(found.best))
+        accepted = self._finish("gauss_newton", self._add_momentum(found.best))
         objectives = [*state["objectives"], self.search.before][-(state["patience"] + 1) :]
         state["objectives"] = objectives
         slow = len(objectives) > state["patience"] and self.search.before > (1 - 0.02) * objectives[0]
@@ -170,7 +170,7 @@ class NewtonStep:
             return 0 <= systems.progress <= solved and not (same_data and best.length <= 1)
 
         found = self.search.raise_until_lower(systems.solve, self.state["damping"], factors, may_fall)
-        return found._replace(best=self.search.lengthened(found.best)) if found.best and same_data else found
+        return found._replace(best=self.search.double_while_lower(found.best)) if found.best and same_data else found
 
     def _recall_last_step(self) -> tuple[bool, Tensor | None]:
         """Whether the data are those of the last step, and that step (P,)."""
@@ -184,25 +184,25 @@ class NewtonStep:
         last = state["last"].to(self.problem.theta)
         return True, last if span is None else span.restrict(last)
 
-    def _extended(self, best: Trial | None) -> Trial | None:
-        """The best trial, or with a part of earlier steps added, if that is better.
+    def _add_momentum(self, best: Trial | None) -> Trial | None:
+        """The best trial, or its sum with a part of the earlier steps, if that is better.
 
         Along a narrow bent valley the steps are short and point the same way. Elsewhere, earlier steps would lead a
-        deep network out of where its quadratic model holds.
+        deep network to where its quadratic model fails.
         """
-        least = (1 - self.search.settings.extend_below) * self.search.before
-        if best is None or self.state["step"] == 1 or not least < best.value < self.search.before:
+        threshold, before = self.search.settings.momentum_threshold, self.search.before
+        if best is None or self.state["step"] == 1 or not (1 - threshold) * before < best.value < before:
             return best
         momentum, span = self.state["momentum"], self.problem.span
         along = [(1 - decay) * m.double() for decay, m in zip(MOMENTUM_DECAYS, momentum, strict=True)]
-        return self.search.extended(best, along if span is None else [span.restrict(m) for m in along])
+        return self.search.add_direction(best, along if span is None else [span.restrict(m) for m in along])
 
     def _predicted_decrease_is_small(self) -> bool:
         """Whether the Gauss–Newton model, hardly damped, promises to lower f by less than a tenth.
 
         Then f has a residual there. The model lacks its curvature, and more Gauss–Newton steps won't help.
         """
-        damping = max(1e-6 * self.state["damping"], self.problem.least_damping)
+        damping = max(1e-6 * self.state["damping"], self.problem.smallest_damping)
         solutions = self.gauss_newton.solve([damping])
         return bool(solutions) and self.search.predicted_decrease(solutions[0]) < 0.1 * self.search.before
 
@@ -210,10 +210,10 @@ class NewtonStep:
 
     def _hessian_step(self) -> None:
         state, auto = self.state, self.options.curvature == "auto"
-        start = max(state["hessian_damping"], self.problem.least_damping)
+        start = max(state["hessian_damping"], self.problem.smallest_damping)
         method, trial = "hessian", self._hessian_trial()
         lower = trial is not None and trial.value < self.search.before
-        if auto and not (lower or state["ending"]) and self.hessian.factorized(self.problem.least_damping) is None:
+        if auto and not (lower or state["ending"]) and self.hessian.factorized(self.problem.smallest_damping) is None:
             method, trial = "saddle", self._negative_curvature_step()
         accepted = self._finish(method, trial, judged_by_gradient=state["ending"])
         if auto:
@@ -234,15 +234,19 @@ class NewtonStep:
             found = search.raise_until_lower(self.hessian.solve, start, DampingFactors())
         if found.next_damping is not None:
             state["hessian_damping"] = found.next_damping
-        trial = self._followed(found.best) if self.options.curvature == "auto" else self._extended(found.best)
+        trial = (
+            self._add_quasi_newton_steps(found.best)
+            if self.options.curvature == "auto"
+            else self._add_momentum(found.best)
+        )
         state["ending"] = False
-        if trial is None or not search.before - trial.value > _INVISIBLE * abs(search.before):
+        if trial is None or not search.before - trial.value > _INVISIBLE_DECREASE * abs(search.before):
             undamped = self._undamped_step()
             state["ending"] = undamped is not None
             trial = undamped or trial
         return trial
 
-    def _followed(self, best: Trial | None) -> Trial | None:
+    def _add_quasi_newton_steps(self, best: Trial | None) -> Trial | None:
         """The best trial, and quasi-Newton steps from there."""
         if best is None or not best.value < self.search.before:
             return best
@@ -251,11 +255,11 @@ class NewtonStep:
 
     def _undamped_step(self) -> Trial | None:
         """Newton's step, where it promises a smaller decrease than f can show. It is good if f stays and ‖g‖ falls."""
-        solutions = self.hessian.solve([self.problem.least_damping])
+        solutions = self.hessian.solve([self.problem.smallest_damping])
         if not solutions:
             return None
         problem, before, after = self.problem, self.search.before, self.problem.theta + solutions[0].x
-        if not 0 <= self.search.predicted_decrease(solutions[0]) <= _INVISIBLE * abs(before):
+        if not 0 <= self.search.predicted_decrease(solutions[0]) <= _INVISIBLE_DECREASE * abs(before):
             return None
         value = float(problem.objective(after[None]))
         if not value <= before + ROUNDING * abs(before):

@@ -46,7 +46,7 @@ from _hessian.layers import NotPositiveDefinite, SingularHessianError
 from _hessian.refinement import UNIT_ROUNDOFF
 from _hessian.settings import Settings
 
-_LEAST_DAMPING = 1e-10  # relative to ‖A‖; it stands for 0: no Cholesky factorization tells a smaller one from 0
+_SMALLEST_DAMPING = 1e-10  # relative to ‖A‖; it stands for 0: no Cholesky factorization tells a smaller one from 0
 
 
 class TrustRegionStep(NamedTuple):
@@ -72,7 +72,7 @@ class _Reduced(NamedTuple):
     y: np.ndarray  # (k,) of p
     damping: float  # λ
     decrease: float  # −m(p)
-    least_damping: float  # the λ that stands for 0
+    smallest_damping: float  # the λ that stands for 0
     on_boundary: bool
     hard_case: bool
 
@@ -89,8 +89,8 @@ def _solve_reduced(T: np.ndarray, c: np.ndarray, radius: float) -> _Reduced:
     theta, vectors = np.linalg.eigh(T)
     b, distance = vectors.T @ c, theta - theta[0]
     norm = np.abs(theta).max() or 1.0
-    least = _LEAST_DAMPING * norm
-    smallest = max(least + theta[0], UNIT_ROUNDOFF * norm)  # below, δ can't be told from 0
+    zero = _SMALLEST_DAMPING * norm  # the λ that stands for 0
+    smallest = max(zero + theta[0], UNIT_ROUNDOFF * norm)  # below, δ can't be told from 0
 
     def length(delta: float) -> float:
         return float(np.linalg.norm(b / (distance + delta)))
@@ -104,14 +104,14 @@ def _solve_reduced(T: np.ndarray, c: np.ndarray, radius: float) -> _Reduced:
             low, high = (middle, high) if length(np.exp(middle)) > radius else (low, middle)
         delta = float(np.exp(high))
     y = -b / (distance + delta)
-    hard_case = interior_or_hard and bool(theta[0] < -least)
+    hard_case = interior_or_hard and bool(theta[0] < -zero)
     if hard_case:  # the sign that lowers the model: b_0 y_0 ≤ 0
         y[0] = np.copysign(np.sqrt(radius**2 - (y[1:] ** 2).sum()), -b[0] if b[0] else 1.0)
     on_boundary = hard_case or not interior_or_hard
     if on_boundary:
         y *= radius / np.linalg.norm(y)
     decrease = -float(b @ y + 0.5 * theta @ y**2)
-    return _Reduced(theta, vectors, b, y, delta - theta[0], decrease, least, on_boundary, hard_case)
+    return _Reduced(theta, vectors, b, y, delta - theta[0], decrease, zero, on_boundary, hard_case)
 
 
 def _margin(reduced: _Reduced, radius: float, gap: float) -> float:
@@ -138,15 +138,15 @@ class _Subspace:
     def extend(self, block: Tensor) -> Tensor:
         """Add what is new in the columns of block (P, j). Returns A times that, (P, i) with i ≤ j."""
         k = size = len(self.T)
-        least = 1e-10  # part of a column outside of V that makes it new
+        new_part = 1e-10  # a column is new if so much of it lies outside of V
         if k + block.shape[1] > len(self._rows):
             self._rows = torch.cat([self._rows, torch.empty_like(self._rows)])
         for column in block.mT:
             norm = torch.linalg.vector_norm(column)
-            for _ in range(2):  # once more: the first pass leaves what rounding left
+            for _ in range(2):  # the second pass removes what rounding leaves
                 column = column - self._rows[:size].mT @ (self._rows[:size] @ column)
             rest = torch.linalg.vector_norm(column)
-            if rest > least * norm:
+            if rest > new_part * norm:
                 self._rows[size] = column / rest
                 size += 1
         image = self.product(self._rows[k:size].mT)
@@ -243,7 +243,7 @@ def _prove(
         new = space.extend(block).shape[1]
         reduced = space.solve(radius)
         # where σ stands for 0, the bound need only hold for steps as short as the interior p
-        settled = not reduced.on_boundary and shift <= 2 * reduced.least_damping
+        settled = not reduced.on_boundary and shift <= 2 * reduced.smallest_damping
         length = float(np.linalg.norm(reduced.y)) if settled else radius
         gap = -reduced.decrease - dual + 0.5 * shift * length**2
         gap += 0.5 * error / max(shift + reduced.theta[0], UNIT_ROUNDOFF * shift)
@@ -292,8 +292,8 @@ def solve_trust_region(
         high, growth, allowed = min(high, shift), 0.0, 0.1 * allowed
         reduced, gap = _prove(space, factorization, shift, radius, rtol)
         # λ stands for 0, and no Cholesky factorization succeeds nearer to 0: below 1e-6 ‖A‖ that is rounding
-        least = reduced.least_damping
-        rounding = not reduced.on_boundary and high <= 10 * low <= 10 * 1e-6 / _LEAST_DAMPING * least
+        rounding_level = 1e-6 / _SMALLEST_DAMPING * reduced.smallest_damping
+        rounding = not reduced.on_boundary and high <= 10 * low <= 10 * rounding_level
         if rounding or gap <= rtol * reduced.decrease:
             step = space.combine(reduced, reduced.y)
             decrease = -float(g @ step + 0.5 * (step * product(step)).sum())

@@ -83,19 +83,19 @@ def test_a_step_is_extended_by_the_best_direction():
     step = -0.01 * descent.problem.gradient
     best = Trial(descent.objective(step), step, 1.0, 1.0)
     directions = [step, 3 * step, 0.1 * random_vector(len(step))]
-    found = descent.search.extended(best, directions)
+    found = descent.search.add_direction(best, directions)
     assert found.value == pytest.approx(min(descent.objective(step + c * d) for c in (1.0, 3.0) for d in directions))
-    assert descent.search.extended(best, [-step]) == best  # back to the start, and beyond
+    assert descent.search.add_direction(best, [-step]) == best  # back to the start, and beyond
 
 
 def test_a_step_is_doubled_while_the_objective_falls_by_a_tenth():
     descent = Descent()
     step, longest = -0.1 * descent.problem.gradient, max(descent.search.settings.lengths)
     best = Trial(descent.objective(step), step, 1.0, longest)
-    found, doublings = descent.search.lengthened(best), 0
+    found, doublings = descent.search.double_while_lower(best), 0
     while descent.objective(2 ** (doublings + 1) * step) < 0.9 * descent.objective(2**doublings * step):
         doublings += 1
     assert doublings > 1 and found.length == 2**doublings * longest
     assert torch.equal(found.step, 2**doublings * step)
     shorter = best._replace(length=0.5 * longest)
-    assert descent.search.lengthened(shorter) == shorter
+    assert descent.search.double_while_lower(shorter) == shorter

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from _hessian import input_span, newton_step
+from _hessian.damping_search import Trial
 from _hessian.factored_steps import FactoredSteps
 from _hessian.trial_losses import Objective, accurate_loss
 from hessian import DeepMLPWithTracking
@@ -20,6 +21,7 @@ from tests.newton_oracles import (
     objective_gradient,
     parameters_of,
     state_of,
+    step_of,
 )
 from tests.oracles import Case, random_vector, relative
 
@@ -185,6 +187,36 @@ def test_no_exact_hessian_beyond_its_memory(monkeypatch):
         if optimizer.converged:
             break
     assert optimizer.converged and not optimizer.report.certified and methods == {"gauss_newton", "none"}
+
+
+@pytest.mark.parametrize(
+    "changes, ends",
+    (
+        ({}, True),
+        ({"value": 0.4}, False),  # f falls by more than five Gauss–Newton steps would lower it
+        ({"gradient_norm": 100.0}, False),  # ‖g‖ more than halved since
+        ({"damping": 1.0}, False),  # λ was not raised
+        ({"damping": 1.0, "length": 0.5}, True),  # but the step was shortened
+        ({"value": 0.4, "failed": True}, True),  # Gauss–Newton found nothing: one step is all
+        ({"value": 0.4, "failed": True, "ending": True}, False),
+    ),
+    ids=str,
+)
+def test_a_polish_ends_where_it_is_slow(changes, ends):
+    """f was 1, and Gauss–Newton steps lowered it by 0.1 each. The step below is slow, with one thing changed."""
+    given = {"value": 0.6, "damping": 2.0, "length": 1.0, "gradient_norm": 1.0, "failed": False, "ending": False}
+    given |= changes
+    model, x, y = Case((6, 5), 14, inputs=4).build()
+    optimizer = DampedNewton(model)
+    closure_of(model, x, y)()
+    step, state = step_of(optimizer), state_of(optimizer)
+    state.update(polishing=True, decrease=0.1, **{name: given[name] for name in ("gradient_norm", "failed", "ending")})
+    step.search._before = 1.0
+    trial = Trial(given["value"], step.problem.theta, given["damping"], given["length"])
+    step._end_polish_if_slow(trial, start=1.0)
+    assert state["polishing"] != ends and state["polished"] == 1
+    assert state["patience"] == (10 if ends else 5)  # it ended soon: the next one begins later
+    assert state["gradient_norm"] == step.problem.gradient_norm > 0.5
 
 
 # ------------------------------------------------------------------------------------------- steps that find nothing
