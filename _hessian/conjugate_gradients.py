@@ -15,8 +15,8 @@ from _hessian.newton_problem import Preconditioner, Solution, StepProblem
 class ConjugateGradients:
     """(G + cI + λD) x = −g, G the Gauss–Newton matrix of all samples, by a few iterations for each λ.
 
-    first_direction: (P,), searched along before the first residual; only with three iterations or more, so that two
-    remain to measure the progress.
+    first_direction: (P,), minimized along before the first residual. It takes one of three iterations or more: two
+    must remain to measure the progress.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class ConjugateGradients:
         # products in the model's dtype, as the trials are
         single = problem.objective.inputs.dtype == torch.float32
         self._layers = tuple(x.in_float32() for x in problem.layers) if single else problem.layers
-        # rᵀP⁻¹r over that of the first iteration, r the residual and P the preconditioner: at the last λ
+        # at the last λ: the last rᵀP⁻¹r relative to the first, r the residual and P the preconditioner
         self.progress = 1.0
 
     def solve(self, dampings: Sequence[float]) -> list[Solution]:
@@ -75,7 +75,7 @@ class ConjugateGradients:
 class _ConjugateDirections:
     """½ xᵀAx + gᵀx, minimized along one direction after another. Each is made conjugate to all earlier ones.
 
-    Conjugate gradients need only the last one in exact arithmetic; but then rounding would come to decide the step.
+    In exact arithmetic the last one would do. With rounding it doesn't.
     """
 
     def __init__(self, product: Callable[[Tensor], Tensor], gradient: Tensor):

@@ -113,7 +113,7 @@ class Search:
     # -------------------------------------------------------------------------------------------- search over λ
 
     def bracket(self, solve: Solve, start: float) -> SearchResult:
-        """Try three λ around the last, then more beyond, as long as the best one is the outermost."""
+        """Try three λ around `start`, then more beyond, as long as the best one is the outermost."""
         problem, factor = self.problem, self.settings.damping_factor
         start = max(start, problem.smallest_damping)
         tried: list[float] = []
@@ -174,7 +174,7 @@ class Search:
         return found if found.value < best.value else best
 
     def double_while_lower(self, best: Trial) -> Trial:
-        """The best step, doubled as long as f falls by 10 %; only where the longest one tried was the best."""
+        """Double the best step as long as f falls by 10 %, if the longest one tried was the best."""
         if not best.value < self.before or best.length < max(self.settings.lengths):
             return best
         for _ in range(_MAX_ROUNDS):

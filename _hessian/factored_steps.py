@@ -44,9 +44,8 @@ class FactoredSteps:
 
     def __init__(self, problem: StepProblem, tools: Tools, curvature: str):
         self.problem, self.tools, self.curvature = problem, tools, curvature
-        # with curvature='auto' the step goes on with the last factorization
-        self._keeps_last = curvature == "hessian" and problem.options.curvature == "auto"
-        self._last: tuple[float, HessianFactorization | None] | None = None
+        self._polishes = curvature == "hessian" and problem.options.curvature == "auto"
+        self._last: tuple[float, HessianFactorization | None] | None = None  # in a polish: at the last λ
 
     def solve(self, dampings: Sequence[float]) -> list[Solution]:
         found, rtol = [], 1e-6
@@ -79,7 +78,7 @@ class FactoredSteps:
         layers, shift = self.damped_layers(damping)
         H = self.dense_hessian if self.curvature == "hessian" and layers is self.problem.curvature_layers else None
         factorization = definite_factorization(self.tools.solver, layers, shift, H)
-        if self._keeps_last:
+        if self._polishes:  # quasi-Newton steps use it again
             self._last = (damping, factorization)
         return factorization
 
@@ -107,9 +106,8 @@ class FactoredSteps:
         problem, options = self.problem, self.problem.options
         damping = 0.0 if damping <= problem.smallest_damping else damping
         by_state = damping > 0 and options.metric == "state"
-        # With the exact Hessian in the bent valleys about a minimum, it is better to let the layers' changes cancel:
-        # their joint change is penalized, not that of each layer.
-        joint = by_state and self._keeps_last
+        # in the bent valleys about a minimum the layers' changes should cancel: only their joint change is penalized
+        joint = by_state and self._polishes
         floor = 1e-10  # H alone may be singular
         shift = max(damping * (options.metric_damping if by_state else 1.0) + options.weight_decay, floor)
         layers = self.tools.modified(problem.curvature_layers, self.curvature, damping if joint else 0.0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from _hessian import input_span, newton_step
+from _hessian import damping_search, input_span, newton_step
 from _hessian.damping_search import Trial
 from _hessian.factored_steps import FactoredSteps
 from _hessian.trial_losses import Objective, accurate_loss
@@ -273,6 +273,18 @@ def test_one_bad_batch_does_not_end_gauss_newton(monkeypatch):
         optimizer.step(closure_of(model, x, y))
         methods.append(optimizer.report.method)
     assert methods[2] == "gauss_newton" and methods[4] == "gauss_newton", methods
+
+
+@pytest.mark.parametrize("cg_iterations, damping", ((0, 100.0), (8, 10.0)))
+def test_damping_after_a_step_that_found_nothing(cg_iterations, damping, monkeypatch):
+    """The largest λ that was tried; after one solve with a sub-batch alone, a hundred times the first."""
+    model, x, y = Case((6, 5), 14, inputs=4).build()
+    optimizer = DampedNewton(model, curvature_batch=5, cg_iterations=cg_iterations, route="sweep")
+    monkeypatch.setattr(damping_search, "_MAX_ROUNDS", 2)
+    poison_trials(monkeypatch, math.nan)
+    optimizer.step(closure_of(model, x, y))
+    assert optimizer.report.num_trials == 2 and not optimizer.report.accepted
+    assert state_of(optimizer)["damping"] == damping
 
 
 def test_damping_comes_down_from_where_the_model_promises_no_decrease():
