@@ -182,6 +182,18 @@ def test_quasi_newton_steps_learn_from_the_steps_that_were_taken(monkeypatch):
     assert finished[-1] >= 3
 
 
+def test_steps_along_negative_curvature_are_no_secants(monkeypatch):
+    """BFGS updates by them would make the matrix indefinite."""
+    model, x, y = Case((6, 5), 14, inputs=4).build()
+    closure_of(model, x, y)()
+    problem, seen = problem_of(DampedNewton(model)), []
+    step = -0.1 * problem.gradient
+    monkeypatch.setattr(problem.objective, "gradient", lambda theta: problem.gradient - step)
+    monkeypatch.setattr(quasi_newton, "inverse_bfgs_product", lambda _, secants, v: seen.append(len(secants)) or v)
+    quasi_newton.quasi_newton_steps(Search(problem), None, Trial(math.inf, step, 1.0, 1.0))
+    assert set(seen) == {0}
+
+
 def test_a_deep_minimum_takes_few_factorizations(monkeypatch):
     """Without the quasi-Newton steps it takes at least twice as many."""
 

@@ -275,6 +275,15 @@ def test_one_bad_batch_does_not_end_gauss_newton(monkeypatch):
     assert methods[2] == "gauss_newton" and methods[4] == "gauss_newton", methods
 
 
+@pytest.mark.parametrize("metric, factor", (("state", 0.1), ("parameter", 0.01)))
+def test_damping_falls_after_a_sweep_that_did_well_at_once(metric, factor):
+    model, x, y = Case((6, 5), 14, inputs=4).build()
+    optimizer = DampedNewton(model, metric=metric, route="sweep", damping=1000.0)
+    optimizer.step(closure_of(model, x, y))
+    assert optimizer.report.num_trials == 1 and optimizer.report.length >= 1
+    assert state_of(optimizer)["damping"] == pytest.approx(factor * 1000.0)
+
+
 @pytest.mark.parametrize("cg_iterations, damping", ((0, 100.0), (8, 10.0)))
 def test_damping_after_a_step_that_found_nothing(cg_iterations, damping, monkeypatch):
     """The largest λ that was tried; after one solve with a sub-batch alone, a hundred times the first."""
