@@ -44,7 +44,7 @@ def finite(loss: float) -> float:
 
 
 def sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Sum the ranks' gradients. For the default, their mean, the loss would have to be larger, and overflow in fp16."""
+    """Sum the ranks' gradients. The default, their mean, needs a larger loss, which overflows in fp16."""
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 
 

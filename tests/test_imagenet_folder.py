@@ -169,13 +169,13 @@ def test_a_worker_that_lives_on_does_not_keep_the_lock(tmp_path):
 def test_the_lock_stays_while_a_run_is_moved_aside_and_goes_with_its_process(tmp_path, capsys):
     argv = flags(DUMMY, checkpoint_dir=tmp_path / "run", checkpoint_minutes=0)
     assert main([*argv, "--epochs", "1"]) == 0
-    process = start([*argv, "--epochs", "100000", "--num-workers", "1"], tmp_path / "log")
+    process = start([*argv, "--epochs", "100000"], tmp_path / "log")
     until = time.monotonic() + 60
     while not ((tmp_path / "run.1").exists() and (tmp_path / "run" / "last.pt").exists()):
         assert time.monotonic() < until
         time.sleep(0.01)
     assert f"in use by process {process.pid} " in error_of(argv, capsys)
-    process.kill()  # its worker lives on for a few seconds
+    process.kill()
     process.join()
     assert main([*argv, "--epochs", "1"]) == 0
     assert (tmp_path / "run.2" / "last.pt").exists()
