@@ -122,27 +122,11 @@ def images_below(root: Path, skipped: set[Path]) -> Iterator[str]:
         yield from (os.path.join(folder, name) for name in names if name.lower().endswith(IMG_EXTENSIONS))
 
 
-class ImageSet(Dataset):
-    """(epoch, index) → image, class, index; or a Bad file. Epoch None: not augmented."""
+class Images(Dataset):
+    """The images of DIR/train or DIR/val. Both have the classes of DIR/train, so that an index means one class.
 
-    classes: list[str]
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def __getitem__(self, key: tuple[int | None, int]) -> tuple[Tensor, int, int] | Bad:
-        raise NotImplementedError
-
-    def name(self, index: int) -> str:
-        raise NotImplementedError
-
-    def files(self) -> Iterable[str]:
-        """The names of all files, without the folder that --data-dir names."""
-        raise NotImplementedError
-
-
-class Images(ImageSet):
-    """The images of DIR/train or DIR/val. Both have the classes of DIR/train, so that an index means one class."""
+    (epoch, index) → image, class, index; or a Bad file. Epoch None: not augmented.
+    """
 
     def __init__(
         self,
@@ -163,6 +147,7 @@ class Images(ImageSet):
         return self.samples[index][0]
 
     def files(self) -> Iterable[str]:
+        """The names of all files, from train/ or val/ on."""
         return (self.root.name + path.removeprefix(str(self.root)) for path, _ in self.samples)
 
     def __getitem__(self, key: tuple[int | None, int]) -> tuple[Tensor, int, int] | Bad:
@@ -179,8 +164,8 @@ class Images(ImageSet):
             return self.augment(image), target, index
 
 
-class DummyImages(ImageSet):
-    """Noise and a class, functions of the index: enough to run everything but the decoding."""
+class DummyImages(Dataset):
+    """As Images, but noise and a class that are functions of the index: enough to run everything but the decoding."""
 
     def __init__(self, size: int, shape: tuple[int, int, int], num_classes: int, part: str):
         self.size, self.shape, self.num_classes, self.part = size, shape, num_classes, part
@@ -200,6 +185,9 @@ class DummyImages(ImageSet):
         generator = seeded_generator(self.part, index)
         target = int(torch.randint(self.num_classes, (), generator=generator))
         return torch.randint(256, self.shape, dtype=torch.uint8, generator=generator), target, index
+
+
+ImageSet = Images | DummyImages
 
 
 class Data(NamedTuple):

@@ -41,7 +41,10 @@ def find_checkpoint(args: argparse.Namespace) -> State | None:
     found = latest_checkpoint(folder)
     if found is None:
         if list(folder.glob("*.pt")):
-            raise RunError(f"no checkpoint in {folder} is whole: start anew without --resume, which moves it aside")
+            raise RunError(
+                f"{folder} has no whole last.pt or previous.pt: pass --resume FILE, or start anew without --resume, "
+                "which moves the run aside"
+            )
         aside = latest_aside(folder)
         hint = f" (the last run that was moved aside goes on with --resume {aside})" if aside else ""
         say(f"no checkpoint in {folder} yet: starting from the beginning{hint}")

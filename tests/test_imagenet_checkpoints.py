@@ -42,7 +42,7 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(tmp_path, ca
     assert equal(end_of(tmp_path), whole)
     for path in tmp_path.glob("*.pt"):
         path.write_bytes(path.read_bytes()[:100])
-    assert f"no checkpoint in {tmp_path} is whole" in error_of([*argv, "--resume"], capsys)
+    assert f"{tmp_path} has no whole last.pt or previous.pt" in error_of([*argv, "--resume"], capsys)
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, capsys):
