@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import hessian
-from _hessian import input_span, newton_step, quasi_newton, step_cost
+from _hessian import input_span, newton_problem, newton_step, quasi_newton, step_cost
 from _hessian.conjugate_gradients import ConjugateGradients
 from _hessian.costs import shapes_of_layers
 from _hessian.damping_search import Search, Trial
@@ -20,10 +20,12 @@ from _hessian.gram_steps import GramSteps
 from _hessian.losses import loss_value
 from _hessian.newton_problem import sub_batch
 from _hessian.quasi_newton import Secant, inverse_bfgs_product
+from _hessian.refinement import Refined
 from _hessian.trial_losses import accurate_loss
 from hessian import (
     DeepMLPWithTracking,
     HessianFactorization,
+    OutputHessian,
     compute_layer_derivatives,
     hessian_vector_product,
 )
@@ -111,6 +113,24 @@ def test_polishing_steps_solve_their_system():
     product = hessian_vector_product(model, loss, found, state_damping=damping) + (c + damping * rho) * found
     g = objective_gradient(model, x, y, c)
     assert relative(product + g, g) < 1e-6
+
+
+def test_a_solve_that_misses_its_residual_gives_no_solution(monkeypatch):
+    model, x, y = Case((6, 4, 7), 9).build()
+    closure_of(model, x, y)()
+    systems = FactoredSteps(problem_of(DampedNewton(model)), TOOLS, "gauss_newton")
+    assert len(systems.solve([1.0, 2.0])) == 2
+    monkeypatch.setattr(HessianFactorization, "_refined", lambda self, v, rtol: Refined(v, torch.tensor([2 * rtol])))
+    assert systems.solve([1.0, 2.0]) == []
+
+
+def test_the_smallest_damping_where_the_loss_rounds_to_zero():
+    """It follows the probabilities of the other classes, which keep their digits."""
+    probabilities = torch.tensor([[1.0, 1e-20, 2e-20], [5e-20, 1.0, 0.0]], dtype=torch.float64)
+    output = OutputHessian(probabilities / 2, zero_sum=True)
+    assert newton_problem._smallest_damping(0.0, output) == pytest.approx(1e-30 * 4e-20)
+    assert newton_problem._smallest_damping(7.0, output) == 1e-30
+    assert newton_problem._smallest_damping(0.0, output._replace(zero_sum=False)) == 1e-30
 
 
 def test_second_order_correction():
