@@ -45,7 +45,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     if not (isinstance(state, dict) and {"config", "classes", "model", "step", "progress"} <= state.keys()):
-        raise RunError(f"{path} is no checkpoint of train_imagenet.py")
+        raise RunError(f"{path} is no checkpoint of train_imagenet.py, or one of an older version: train anew")
     with damage_named(path):
         check_like(state["classes"], [""], "classes")
         for part in ("config", "model", "step", "progress"):
