@@ -13,7 +13,7 @@ from _hessian.newton_options import Options
 from _hessian.newton_problem import Solution, Solve, StepProblem
 from _hessian.trial_losses import Steps
 
-LARGEST_DAMPING = 1e16
+LARGEST_DAMPING = 1e16  # a larger λ is not tried
 ROUNDING = 1e-13  # relative to f: differences below it decide nothing
 _MAX_ROUNDS = 12  # of trials, in one search
 
