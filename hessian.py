@@ -1,4 +1,7 @@
-"""Solve (H + εI) x = v exactly, H the full Hessian of a deep network's loss.
+"""Solve (H + εI) x = v exactly, H the full Hessian of a network's loss.
+
+`TrackedNetwork` takes any network (_hessian/graph_elimination.py). This file derives and solves the simplest case,
+`DeepMLPWithTracking`: fully connected layers in a chain.
 
 The loss is the mean over a batch of N samples. H is P × P for P parameters, symmetric, and almost always indefinite. It
 is never formed. A change X_ℓ of every layer's weights changes the pre-activations to first order by s_ℓ and the
@@ -10,50 +13,56 @@ The second-order change of the loss is a sum over layers, in which only neighbou
 
     ⟨X, H X⟩ = ⟨s_L, Λ s_L⟩ + Σ_{ℓ<L} ⟨β_ℓ φ″(h_ℓ), s_ℓ²⟩ + 2 Σ_{ℓ>1} ⟨λ_ℓ, t_{ℓ-1} X_ℓ[:, :-1]ᵀ⟩.
 
-So (H + εI) x = v is block tridiagonal. It is a control problem: parameters are the controls, activations the state. One
-sweep from the last layer to the first eliminates layer after layer (a Riccati recursion); a sweep back gives x. Time
-and memory are linear in L.
+H itself couples every pair of layers. With the t_ℓ as further unknowns only neighbours are coupled, and the system is
+block tridiagonal: a control problem, with parameters as controls and activations as state. The backward sweep
+eliminates layer after layer, from the last to the first (a Riccati recursion). The forward sweep gives x. Time and
+memory are linear in L.
 
-Notation. One letter has one meaning, here and in the code; names in brackets are those of the source.
+Notation. Names in square brackets are those of Rahimi's paper. "Below" means nearer to the inputs.
 
     N, L, C       samples of the batch, layers, classes
-    a, d          width of layer ℓ; its inputs with the bias (d = a_{ℓ-1} + 1, or a_{ℓ-1} without bias)
+    a, a′, d      width of layer ℓ; that of layer ℓ−1; inputs of layer ℓ with the bias (d = a′ + 1, or a′ without)
+    n, n′         N a and N a′
     z̃  (N, d)     inputs of layer ℓ, with a column of ones for the bias
     W  (a, a′)    weights without the bias; h = z̃ W̃ᵀ with it; z = φ(h) + σ z_{ℓ-1}, σ = 1 on a skip, else 0
     β, λ (N, a)   ∂loss/∂z and ∂loss/∂h
     Λ  (N, C, C)  Hessian of the loss in the logits, one block a sample
     X  (a, d)     layer ℓ's block of the unknown x; V of the right-hand side
-    J, A, S       Y ↦ R Yᵀ (D_x), t ↦ t Wᵀ (with φ′: ∇_z f), t ↦ λᵀ [t, 0] Q (D_D D_zx); all structured
+    R, Q          z̃ = R Qᵀ, Q (d, r) orthonormal, of rank r ≤ min(N, d)
+    Y  (a, r)     the part of X that acts on the batch: X = Y Qᵀ + X⊥, X⊥ Q = 0
+    J, A, S       Y ↦ R Yᵀ [D_x], t ↦ t Wᵀ [with φ′: ∇_z f], t ↦ λᵀ [t, 0] Q [D_D D_zx]; all structured
+    Ω, α          another term Σ_b uᵀΩ u, u = X z̃_b, and α tr XᵀΩX: a penalty that newton.py puts on a layer, or none
 
-Reduced parameters. X acts on s through z̃ = R Qᵀ only, of rank r ≤ min(N, d): X = Y Qᵀ + X⊥ with X⊥Q = 0. X⊥ meets
-nothing but ε and λ and is eliminated in closed form. Layer ℓ's pivot is of size m = a r ≤ N a.
+Reduced parameters. X acts on the batch through Y only. X⊥ enters only through ε and the term with λ, so it has a closed
+form. Layer ℓ's pivot is of size m = a r ≤ n.
 
-    pivot       G = εI + JᵀK J                          (m, m)      K = φ′P φ′ + diag(β φ″)    (n, n), n = N a
+    pivot       G = εI + JᵀK J                          (m, m)      K = φ′P φ′ + diag(β φ″)    (n, n)
     coupling    B = S + Jᵀ(K A + σ φ′P)                 (m, n′)     P, the cost-to-go of t_ℓ   (n, n)
     cost-to-go  P ← TᵀP T + AᵀD A − BᵀG⁻¹B − (λλᵀ) ⊗ (I − QQᵀ)/ε    T = φ′A + σI,  D = diag(β φ″)
 
-Each G is factored as F Σ Fᵀ with Σ = ±1, and B enters as F⁻¹B alone (_hessian/symmetric_factor.py). No pivot is ever
-changed. So, by Sylvester and Haynsworth, the signs in all Σ give the inertia of H + εI, and the determinants multiply.
+P is the quadratic in t_ℓ that is left when the layers above are eliminated (at their stationary point: H is
+indefinite). Each G is factored as F Σ Fᵀ with Σ = ±1, and B enters as F⁻¹B alone (_hessian/symmetric_factor.py). No
+pivot is ever changed. So, by Sylvester and Haynsworth, the signs in all Σ give the inertia of H + εI, and the
+determinants multiply.
 
 Carried pivots. G is a Schur complement of layers ℓ … L alone. It can have an eigenvalue near 0 that couples strongly,
 though H + εI has none. Its coordinates are then eliminated in the layer below (_hessian/carried_pivots.py).
 
 State damping. With μ > 0, (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ is added to H, where S_ℓ x = s_ℓ: D ← D + μ/N in the hidden layers. It
 charges x for the changes of pre-activations that it causes. The linearization of a deep network holds as long as these
-are small; a small x does not ensure that. μ has the unit of loss / pre-activation².
+are small; a small x does not ensure that.
 
-Cost. Factoring: Σ m³/3 + m²n′ + m n′² operations to leading order, so O(L (N a)³), and O(L (N a)²) memory. A solve:
-O(Σ m² + m n′). A product with H: two passes through the network. Where P is smaller than the state N a, it is cheaper
-to form H by P products and to factor it once: `route='auto'` counts and chooses.
+Cost. Factoring: Σ m³/3 + m²n′ + m n′² operations, so O(L (N a)³), and O(L (N a)²) memory. A solve: O(Σ m² + m n′). A
+product with H: two passes through the network. Where P is below N a, forming H by P products and factoring it is
+cheaper: `route='auto'` counts and chooses.
 
-Assumptions. Fully connected layers, with or without skips. Elementwise activations. A loss whose Hessian in the logits
-is diagonal minus rank one for every sample (cross-entropy, mean square). relu's φ″ is taken as zero: H is that of the
-linear piece on which the batch lies. ε has the unit of loss / parameter²: scale the loss, and you scale ε. For an L2
-term ½w‖θ‖² in the loss pass damping + w.
+Assumptions. Layers as above, with elementwise activations. A loss whose Hessian in the logits is diagonal minus rank
+one for every sample (cross-entropy, mean square). relu's φ″ is taken as zero. ε has the unit of loss / parameter²:
+scale the loss, and you scale ε. For an L2 term ½w‖θ‖² in the loss pass damping + w.
 
-References: A. Rahimi, The Hessian of tall-skinny networks is easy to invert, arXiv 2601.06096 (2025), solves the same
-system without condensing the unit blocks; Pantoja (1988) and Dunn & Bertsekas (1989), Newton's step of a multistage
-problem in linear time; Tassa, Erez & Todorov (2012), state damping; Pearlmutter (1994), products with H.
+References: A. Rahimi, The Hessian of tall-skinny networks is easy to invert, arXiv 2601.06096 (2025), the same system
+with its unit blocks; Pantoja (1988) and Dunn & Bertsekas (1989), Newton's step of a multistage problem in linear time;
+Tassa, Erez & Todorov (2012), state damping; Pearlmutter (1994), products with H.
 """
 
 from __future__ import annotations
@@ -78,6 +87,7 @@ from _hessian.argument_checks import (
     check_linears,
     check_loss,
     check_model,
+    check_overrides,
     check_targets,
     check_tracked,
     checked_curvature,
@@ -99,7 +109,15 @@ from _hessian.costs import (
     shapes_of_linears,
 )
 from _hessian.dense import dense_matrix, factor_dense
-from _hessian.factorization import Factor, HessianFactorization, Solver, factorize, undamped_failure
+from _hessian.factorization import (
+    Chain,
+    Factor,
+    HessianFactorization,
+    Solver,
+    System,
+    factorize_system,
+    undamped_failure,
+)
 from _hessian.gram import GramFactor
 from _hessian.layers import (
     LayerDerivatives,
@@ -111,10 +129,12 @@ from _hessian.layers import (
     damping_vector,
     flatten_blocks,
     forward_tangent,
+    with_curvature,
     with_skip,
 )
 from _hessian.losses import loss_derivatives, loss_value
 from _hessian.many_classes import eliminate_many_classes
+from _hessian.network import TrackedNetwork, network_system
 from _hessian.pivots import CostToGo, Count, DensePivot, Eliminated, Pivot, output_cost_to_go, singular_pivot
 from _hessian.reduced_parameters import Reduced, assemble_solution, split_right_hand_side
 from _hessian.refinement import MinimumNorm, minimum_norm
@@ -130,6 +150,7 @@ __all__ = [
     "OutputHessian",
     "RouteCost",
     "SingularHessianError",
+    "TrackedNetwork",
     "compute_layer_derivatives",
     "estimate_cost",
     "factorize_hessian",
@@ -151,10 +172,10 @@ class DeepMLPWithTracking(nn.Module):
 
     `model(x)` gives logits (N, C), x of any shape (N, …) flattened; `model(x, y)` the loss;
     `model(x, y, track_activations=True)` the same loss, tracked: inputs and targets are copied and checked.
-    Untracked, nothing is stored and no branch depends on the data (`torch.func` and `torch.compile` work).
+    Untracked calls store nothing (`torch.func` and `torch.compile` work).
 
-    Initialized so that differences between samples survive forward, and gradients backward, at any depth (see
-    `_hessian/activations.py`), for inputs of about unit variance.
+    Initialized, for inputs of about unit variance, so that signals and gradients survive any depth
+    (_hessian/activations.py).
     """
 
     def __init__(
@@ -178,7 +199,7 @@ class DeepMLPWithTracking(nn.Module):
         # σ_ℓ of each layer; the output layer has none
         self.skips = tuple(float(residual and i == o) for i, o in zip(widths[:-1], widths[1:-1], strict=False))
         self.skips += (0.0,)
-        self._tracked: TrackedBatch | None = None
+        self._tracked: TrackedBatch[Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -194,12 +215,13 @@ class DeepMLPWithTracking(nn.Module):
         return with_skip(self.skips[index], ACTIVATIONS[self.activation].value(h), z)
 
     def activation_derivatives(self, index: int, h: Tensor) -> tuple[Tensor, Tensor]:
-        """First and second derivative of `activate` in h, elementwise, in the shape and dtype of h: (N, a); without an
-        override, one call may serve several layers of one shape."""
+        """First and second derivative of `activate` in h, elementwise, in the shape and dtype of h. In an override h is
+        (N, a); the default may get several layers of one shape stacked, (g, N, a)."""
         return ACTIVATIONS[self.activation].derivatives(h)
 
     def forward(self, x: Tensor, targets: Tensor | None = None, track_activations: bool = False) -> Tensor:
-        check_inputs(x, self.input_dim, self._dtype())
+        dtype = next(self.layers.parameters()).dtype
+        check_inputs(x, self.input_dim, dtype)
         z = x = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
         for index, linear in enumerate(self.layers[:-1]):
             z = self.activate(index, linear(z), z)
@@ -208,7 +230,7 @@ class DeepMLPWithTracking(nn.Module):
             if track_activations:
                 raise ValueError("track_activations=True needs targets: call model(x, y, track_activations=True)")
             return logits
-        check_targets(self.loss, logits, targets, self._dtype(), values=track_activations)
+        check_targets(self.loss, logits, targets, dtype, values=track_activations)
         loss = loss_value(self.loss, logits, targets)
         if track_activations:
             if loss.device.type == "mps":
@@ -220,16 +242,9 @@ class DeepMLPWithTracking(nn.Module):
             )
         return loss
 
-    def _dtype(self) -> torch.dtype:
-        return next(self.layers.parameters()).dtype
-
     def _linears(self) -> list[nn.Linear]:
         """The layers, checked to be all of the model: what the closed forms describe."""
         check_linears(self.layers, self.parameters())
-        overridden = type(self).activate is not DeepMLPWithTracking.activate
-        if overridden and type(self).activation_derivatives is DeepMLPWithTracking.activation_derivatives:
-            name = type(self).__name__
-            raise ValueError(f"{name} overrides `activate` but not `activation_derivatives`: override both")
         return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
     def __getstate__(self) -> dict:
@@ -245,13 +260,12 @@ def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivati
     """Derivatives of each layer at the batch last tracked, first layer first; the notation is the module's.
 
     One forward and one backward pass in float64 from the present parameters, by closed forms, without autograd. Cost:
-    O(N P). Every tensor is a new one. Raises ValueError where nothing was tracked. Not checked: that the parameters are
-    those of the tracked loss; the callers check that.
+    O(N P). Every tensor is a new one. Raises ValueError where nothing was tracked, or the loss is not the tracked one.
 
-    This is the place to add a kind of layer. A model whose layers have the form z = f(h) + σ z_{ℓ-1} overrides
-    `activate` and `activation_derivatives`.
+    To add a kind of layer z = f(h) + σ z_{ℓ-1}, override `activate` and `activation_derivatives`.
     """
     check_model(model, DeepMLPWithTracking)
+    check_overrides(type(model), DeepMLPWithTracking, "activate", "activation_derivatives")
     tracked, linears = model._tracked, model._linears()
     if tracked is None:
         raise ValueError("no loss was tracked: call model(x, y, track_activations=True) first")
@@ -297,24 +311,12 @@ def _checked_derivatives(model: DeepMLPWithTracking, loss: Tensor) -> tuple[Laye
     """The derivatives, after every check that `loss` is the tracked one and still that of the parameters."""
     check_model(model, DeepMLPWithTracking)
     check_tracked(model._tracked, loss, list(model.parameters()))
-    return compute_layer_derivatives(model)
-
-
-def _modified(
-    layers: tuple[LayerDerivatives, ...], curvature: str, state_damping: float
-) -> tuple[LayerDerivatives, ...]:
-    """The layers of another quadratic form: H or its Gauss–Newton part, plus (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ.
-
-    All of ⟨X, H X⟩ is in Λ, β φ″ and λ: without the latter two its first term is left, and μ/N adds to β φ″.
-    """
-    if curvature == "gauss_newton":
-        layers = tuple(
-            x._replace(adjoint=torch.zeros_like(x.adjoint), curvature=torch.zeros_like(x.curvature)) for x in layers
+    if not all(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "some parameters are frozen (requires_grad=False): unfreeze them, or use TrackedNetwork, where they are "
+            "constants"
         )
-    if state_damping == 0:
-        return layers
-    hidden = [x._replace(curvature=x.curvature + state_damping / len(x.inputs)) for x in layers[:-1]]
-    return (*hidden, layers[-1])
+    return compute_layer_derivatives(model)
 
 
 # ---------------------------------------------------------------------------------------------------- products
@@ -357,19 +359,23 @@ def _dense_hessian(layers: Sequence[LayerDerivatives]) -> Tensor:
 
 
 def hessian_vector_product(
-    model: DeepMLPWithTracking, loss: Tensor, v: Tensor, *, curvature: str = "hessian", state_damping: float = 0.0
+    model: DeepMLPWithTracking | TrackedNetwork,
+    loss: Tensor,
+    v: Tensor,
+    *,
+    curvature: str = "hessian",
+    state_damping: float = 0.0,
 ) -> Tensor:
     """H v, exactly, for v of shape (P,) or (P, k), in the order of `model.parameters()`.
 
-    Computed in float64 by the closed form above, whatever the model's dtype, and returned in v's dtype: the
-    cost is two passes through the network for each column. `loss` is the tensor that the model tracked last.
-    curvature, state_damping: of another matrix than H, (H or JᵀΛJ) + (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ; see `factorize_hessian`.
-    Raises ValueError or TypeError for a loss or a v that doesn't fit; nothing outside is touched.
+    Computed in float64, whatever the model's dtype, and returned in v's dtype. Cost: two passes through the network per
+    column. loss: the tensor that the model tracked last. curvature, state_damping: multiply by another matrix in place
+    of H, as in `factorize_hessian`. Raises ValueError or TypeError for a loss or a v that doesn't fit. The model and
+    its gradients are not changed.
     """
-    layers = _checked_derivatives(model, loss)
-    layers = _modified(layers, checked_curvature(curvature), checked_nonnegative("state_damping", state_damping))
-    columns = checked_vector(v, sum(p.numel() for p in model.parameters()), layers[0].weight.device)
-    return _product(layers, columns).reshape(v.shape).to(v.dtype)
+    system = _system(model, loss, curvature, state_damping)
+    columns = checked_vector(v, system.num_parameters, system.device)
+    return system.product(columns).reshape(v.shape).to(v.dtype)
 
 
 # ---------------------------------------------------------------------------------------- one layer eliminated
@@ -387,7 +393,7 @@ def _eliminate_layer(
 ) -> tuple[Pivot, Count, CostToGo | None]:
     """One step of the backward sweep: the pivot of layer `index`, what it counts, and the cost-to-go below it.
 
-    The matrix of `above` is overwritten. definite_only: NotPositiveDefinite where a pivot is not positive definite.
+    The matrix of `above` is overwritten. definite_only: raise NotPositiveDefinite where a pivot is not.
     """
     layer, reduced, epsilon = layers[index], inputs.reduced[index], epsilons[index]
     (a, width), (N, r) = layer.weight.shape, reduced.rows.shape
@@ -537,8 +543,10 @@ def _form_hidden_pivot(
 
 
 class _Sweep:
-    """The backward sweep, done: its counts, and its pivots for solves. These are kept, or with `checkpoint` recomputed;
-    where not `solvable`, neither."""
+    """The result of the backward sweep: its counts, and its pivots for solves.
+
+    solvable: keep the pivots. checkpoint: recompute them in each solve instead.
+    """
 
     @torch.inference_mode()  # what torch does beside the arithmetic is a third of a small network's time
     def __init__(
@@ -588,7 +596,7 @@ class _Sweep:
         layers, reduced = self.layers, self.inputs.reduced
         V = blocks_of(layers, v)
         inside, outside, coupled = split_right_hand_side(layers, reduced, V)
-        # slope of the cost-to-go at 0: in φ′t_ℓ (k, N, a), in t_ℓ (k, N, a), and in w (k, k_w)
+        # gradient of the cost-to-go at 0: in s_ℓ (k, N, a), in t_ℓ (k, N, a), and in w (k, k_w)
         slope_p = p = p_carried = None
         states: list[Tensor] = []
         for index, pivot in zip(range(len(layers) - 1, -1, -1), self.downward(), strict=True):
@@ -666,12 +674,21 @@ def _factor(
 
 
 _SOLVER = Solver(_product, _dense_hessian, _factor)
-_factorize = partial(factorize, _SOLVER)
+
+
+def _system(
+    model: DeepMLPWithTracking | TrackedNetwork, loss: Tensor, curvature: str = "hessian", state_damping: float = 0.0
+) -> System:
+    """The matrix that is asked for, at the tracked loss."""
+    curvature, state_damping = checked_curvature(curvature), checked_nonnegative("state_damping", state_damping)
+    if isinstance(model, TrackedNetwork):
+        return network_system(model, loss, curvature, state_damping)
+    return Chain(_SOLVER, with_curvature(_checked_derivatives(model, loss), curvature, state_damping))
 
 
 @torch.no_grad()
 def factorize_hessian(
-    model: DeepMLPWithTracking,
+    model: DeepMLPWithTracking | TrackedNetwork,
     loss: Tensor,
     damping: float | Sequence[float],
     *,
@@ -684,51 +701,53 @@ def factorize_hessian(
 ) -> HessianFactorization:
     """Factor H + damping·I at the tracked `loss`, in float64: factor once, then `.solve` for thousands.
 
-    damping: ε, in units of loss / parameter²; negative too (spectrum slicing: `.num_negative_eigenvalues` counts the
-    eigenvalues of H below −ε); or one float a layer, first layer first. `.with_damping` factors the same at another.
-    curvature: 'hessian', or 'gauss_newton' for the first term of the quadratic form only, JᵀΛJ, positive semidefinite.
-    route: 'sweep' (layer by layer), 'dense' (H formed by products and factored; cheaper where P is small beside N times
-    the width), 'gram' (Gauss–Newton by the matrix of N·C scaled outputs; cheaper where that is small), or 'auto' for
-    the one with the fewest counted operations; `.route` tells which. state_damping: μ ≥ 0, in units of loss /
-    pre-activation²; factors H + damping·I + (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ, S_ℓ x = s_ℓ the first-order change of hidden layer
-    ℓ's pre-activations (N, a) along x: each unit's change costs μ times its mean square over the batch. It costs
-    nothing; H + damping·I means this matrix below, and in the factorization.
+    damping: ε, in units of loss / parameter². It may be negative: `.num_negative_eigenvalues` counts the eigenvalues of
+        H below −ε. Or one number per layer, first layer first (of a TrackedNetwork: per parameter tensor).
+    curvature: 'hessian', or 'gauss_newton' for its positive semidefinite part JᵀΛJ, J the Jacobian of the outputs.
+    route: 'sweep' (elimination), 'dense' (H is formed by products and factored; cheaper where P is below N × width),
+        'gram' (Gauss–Newton by the matrix of N·C scaled outputs; cheaper where that is small), or 'auto' for the one
+        with the fewest counted operations. `.route` is the choice.
+    state_damping: μ ≥ 0, in units of loss / pre-activation². Adds (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ to the matrix, S_ℓ x the
+        first-order change of hidden layer ℓ's pre-activations (N, a). It adds no computation. H + damping·I stands for
+        this matrix below.
+    precision: 'mixed' factors in float32, in half of the memory, and faster where N × width is large. Solves are
+        refined in float64 to the same certificate. A trial solve decides whether the float32 factor will do; else it
+        is made anew in float64, as `.precision` says. Eigenvalues within 1e-5 ‖H‖ of −ε may be miscounted by it.
+    keep: 'inertia' keeps nothing, for the counts alone; a sweep then takes the memory of one layer.
+    checkpoint_layers: keep every √L-th cost-to-go only: O(√L (N a)²) memory. A direct solve then costs two
+        factorizations, and so does each refinement step.
 
-    precision: 'mixed' factors in float32: a sweep in half of the memory, and less time where N times the width is
-    large; solves are refined in float64 to the same certificate. A trial solve decides whether the float32 factor will
-    do, or is made anew in float64: `.precision` tells. Inertia and determinant are then those of the float32 pivots:
-    eigenvalues within 1e-5 ‖H‖ of −ε may be miscounted. keep: 'inertia' keeps nothing, for the counts alone (and with
-    'mixed' makes no trial); a sweep then takes the memory of one layer. checkpoint_layers: keep every √L-th
-    cost-to-go only and recompute the rest in each solve: O(√L (N a)²) memory, and three times the operations for a
-    direct solve, two more for each refinement. `estimate_cost` tells operations and bytes before.
-
-    Cost: Σ m³/3 + m²n′ + m n′² operations and the structured products of lower order; Σ m² + m n′ numbers kept;
-    m = a·min(N, d), n′ = N a′.
+    Cost: Σ m³/3 + m²n′ + m n′² operations, m = a·min(N, d), n′ = N a′, and products of lower order; Σ m² + m n′ numbers
+    are kept. `estimate_cost` gives the counts before.
     Raises ValueError or TypeError for a loss or an argument that doesn't fit, SingularHessianError for an exactly
-    singular pivot, MemoryError where the estimate exceeds the device's free memory. Pivots near 0 that couple strongly
-    are left to the layer below, so that no digits are lost that H + damping·I has.
+    singular pivot, MemoryError where the estimate exceeds the device's free memory.
 
     Not checked here: whether an eigenvalue of H lies within rounding of −ε, where it may be counted on the wrong side.
     As a rule that is 1e-15 ‖H‖ √P; with huge or collinear inputs 1e-9 ‖H‖ was seen. `.inertia_is_certified` tells.
     """
-    layers = _checked_derivatives(model, loss)
     check_choices(route=route, precision=precision, keep=keep)
+    system = _system(model, loss, curvature, state_damping)
     settings = Settings(
-        checked_damping(damping, len(layers)),
-        checked_curvature(curvature),
+        checked_damping(damping, system.num_dampings),
+        curvature,
         route,
-        checked_nonnegative("state_damping", state_damping),
+        float(state_damping),
         precision,
         keep,
         checkpoint_layers,
     )
     check_combination(route, curvature, settings.state_damping, settings.damping, checkpoint_layers)
-    return _factorize(_modified(layers, curvature, settings.state_damping), settings)
+    return factorize_system(system, settings)
 
 
 @torch.no_grad()
 def hessian_inverse_vector_product(
-    model: DeepMLPWithTracking, loss: Tensor, v: Tensor, damping: float | Sequence[float] = 0.0, *, rtol: float = 1e-8
+    model: DeepMLPWithTracking | TrackedNetwork,
+    loss: Tensor,
+    v: Tensor,
+    damping: float | Sequence[float] = 0.0,
+    *,
+    rtol: float = 1e-8,
 ) -> Tensor:
     """x with (H + damping·I) x = v to a relative residual of `rtol`: factor and solve. Arguments as there; x as v.
 
@@ -737,16 +756,15 @@ def hessian_inverse_vector_product(
     Solved by a factorization at a small shift, refined on H itself. SingularHessianError where v is not in the
     range, or where the residual can't be reached in float64; the message names a damping that works.
     """
-    layers = _checked_derivatives(model, loss)
-    damping, rtol = checked_damping(damping, len(layers)), checked_rtol(rtol)
+    system = _system(model, loss)
+    damping, rtol = checked_damping(damping, system.num_dampings), checked_rtol(rtol)
     if damping != 0 and any(damping if isinstance(damping, tuple) else (damping,)):
-        return _factorize(layers, Settings(damping)).solve(v, rtol=rtol)
-    columns = checked_vector(v, num_parameters(shapes_of_layers(layers)), layers[0].weight.device)
-
-    factor_shifted = cache(lambda shift: _factorize(layers, Settings(shift)))
+        return factorize_system(system, Settings(damping)).solve(v, rtol=rtol)
+    columns = checked_vector(v, system.num_parameters, system.device)
+    factor_shifted = cache(lambda shift: factorize_system(system, Settings(shift)))
 
     def solve(rtol: float) -> MinimumNorm:
-        return minimum_norm(partial(_product, layers), factor_shifted, columns, rtol)
+        return minimum_norm(system.product, factor_shifted, columns, rtol)
 
     found = solve(rtol)
     if not bool((found.residual <= rtol).all()):

@@ -34,14 +34,13 @@ import torch
 from torch import Tensor
 
 from _hessian.argument_checks import checked_nonnegative, checked_radius, checked_rtol, checked_vector
-from _hessian.factored_steps import Tools
 from _hessian.newton_options import Options, State, initial_state
 from _hessian.newton_problem import StepProblem
 from _hessian.newton_step import NewtonStep, StepReport
 from _hessian.step_cost import StepCost, estimate_step_cost
 from _hessian.trial_losses import Network
 from _hessian.trust_region import TrustRegionStep, solve_trust_region
-from hessian import _SOLVER, DeepMLPWithTracking, _checked_derivatives, _modified
+from hessian import _SOLVER, DeepMLPWithTracking, _checked_derivatives
 
 __all__ = ["DampedNewton", "StepCost", "StepReport", "TrustRegionStep", "trust_region_step"]
 
@@ -210,7 +209,7 @@ class DampedNewton(torch.optim.Optimizer):
             with torch.inference_mode():  # what outlives the step is made outside of it
                 problem = StepProblem(self._network(), batch, layers, options, state["step"])
                 del layers  # the problem keeps less of a wide first layer
-                step = NewtonStep(problem, parameters, state, Tools(_SOLVER, _modified))
+                step = NewtonStep(problem, parameters, state, _SOLVER)
                 step.run()
         self.report, self.converged, self.stalled = step.report, step.converged, step.stalled
         return loss

@@ -18,7 +18,7 @@ import torch
 
 import hessian
 from _hessian import symmetric_factor
-from _hessian.factorization import Settings
+from _hessian.factorization import Settings, factorize
 from _hessian.refinement import spectral_norm
 from hessian import (
     DeepMLPWithTracking,
@@ -150,7 +150,7 @@ def test_numerical_stability_at_scale(scale):
         for layer in compute_layer_derivatives(model)
     ]
     for route in ("sweep", "dense"):
-        scaled = hessian._factorize(tuple(layers), Settings((0.1 * scale,) * 4, route=route))
+        scaled = factorize(hessian._SOLVER, tuple(layers), Settings((0.1 * scale,) * 4, route=route))
         assert relative(scaled.solve(scale * v) - reference, reference) <= 1e-10
         A = scale * (H + 0.1 * torch.eye(len(v), dtype=torch.float64))
         assert relative(A @ scaled.solve(v) - v, v) <= max(10 * dense_residual(A, v), 1e-13)

@@ -81,6 +81,13 @@ def check_model(model: object, expected: type) -> None:
         raise TypeError(f"model must be a {expected.__name__}, got {type(model).__name__}: see USAGE.md to convert one")
 
 
+def check_overrides(kind: type, base: type, *names: str) -> None:
+    """That a subclass overrides all of these methods, or none."""
+    overridden = [name for name in names if getattr(kind, name) is not getattr(base, name)]
+    if overridden == [names[0]]:
+        raise ValueError(f"{kind.__name__} overrides `{names[0]}` but not `{names[1]}`: override both")
+
+
 def _equal(p: Tensor, q: Tensor) -> bool:
     return p.dtype == q.dtype and p.device == q.device and torch.equal(p, q)
 
@@ -94,8 +101,6 @@ def check_tracked(tracked: TrackedBatch | None, loss: Tensor, parameters: Sequen
             "Terms added to it are not seen: for a weight decay ½w‖θ‖² pass the plain loss and damping + w, "
             "to DampedNewton weight_decay=w"
         )
-    if not all(p.requires_grad for p in parameters):
-        raise ValueError("some parameters are frozen (requires_grad=False): H is that of all of them; unfreeze them")
     if not bool(torch.isfinite(loss)):
         raise ValueError(f"the loss is {loss.item()}: look for overflow in the inputs or the parameters")
     if len(parameters) != len(tracked.parameters) or not all(map(_equal, parameters, tracked.parameters)):
@@ -115,13 +120,13 @@ def check_linears(layers: Iterable[nn.Module], parameters: Iterable[Tensor]) -> 
         )
 
 
-def check_loss(tracked: TrackedBatch, loss: Tensor) -> None:
-    """That `loss`, of the plain layers, is the tracked one: no hook, no overridden forward."""
+def check_loss(tracked: TrackedBatch, loss: Tensor, source: str = "the plain layers") -> None:
+    """That `loss`, of the source, is the tracked one: no hook, no overridden forward."""
     tolerance = math.sqrt(torch.finfo(tracked.value.dtype).eps) if not tracked.autocast else 0.1
     if not bool((loss - tracked.value).abs() <= tolerance * (1 + loss.abs())):
         raise ValueError(
-            f"the tracked loss is {tracked.value.item():.8g}, that of the plain layers {loss.item():.8g}: is there a "
-            "hook, a changed buffer, another activation, or an overridden forward? The solve can't see those"
+            f"the tracked loss is {tracked.value.item():.8g}, that of {source} {loss.item():.8g}: is there a hook, a "
+            "changed buffer, another activation, a random layer, or an overridden forward? The solve can't see those"
         )
 
 

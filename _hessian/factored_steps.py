@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,16 +12,9 @@ from torch import Tensor
 from _hessian.costs import cheapest_route, shapes_of_layers
 from _hessian.factorization import HessianFactorization, Layers, Solver, factorize
 from _hessian.gram import split_damping, state_weights
-from _hessian.layers import NotPositiveDefinite, OutputHessian, SingularHessianError
+from _hessian.layers import NotPositiveDefinite, OutputHessian, SingularHessianError, with_curvature
 from _hessian.newton_problem import Preconditioner, Solution, StepProblem
 from _hessian.settings import Settings
-
-
-class Tools(NamedTuple):
-    """Functions of hessian.py. This package is given them, since it may not import that module."""
-
-    solver: Solver
-    modified: Callable[[Layers, str, float], Layers]  # (layers, curvature, state damping) ↦ those of that matrix
 
 
 def definite_factorization(
@@ -42,8 +34,8 @@ class FactoredSteps:
     curvature: 'gauss_newton', or 'hessian': then G is H.
     """
 
-    def __init__(self, problem: StepProblem, tools: Tools, curvature: str):
-        self.problem, self.tools, self.curvature = problem, tools, curvature
+    def __init__(self, problem: StepProblem, solver: Solver, curvature: str):
+        self.problem, self.solver, self.curvature = problem, solver, curvature
         self._polishes = curvature == "hessian" and problem.options.curvature == "auto"
         self._last: tuple[float, HessianFactorization | None] | None = None  # in a polish: at the last λ
 
@@ -59,9 +51,9 @@ class FactoredSteps:
         return found
 
     def preconditioner(self, damping: float) -> Preconditioner | None:
-        product = self.tools.solver.product
+        product = self.solver.product
         layers, shift = self.damped_layers(damping)
-        factorization = definite_factorization(self.tools.solver, layers, shift)
+        factorization = definite_factorization(self.solver, layers, shift)
         if factorization is None:
             return None
         no_curvature = OutputHessian(torch.zeros_like(layers[-1].loss_hessian.diagonal), zero_sum=False)
@@ -77,7 +69,7 @@ class FactoredSteps:
         self.release()  # one at a time in memory
         layers, shift = self.damped_layers(damping)
         H = self.dense_hessian if self.curvature == "hessian" and layers is self.problem.curvature_layers else None
-        factorization = definite_factorization(self.tools.solver, layers, shift, H)
+        factorization = definite_factorization(self.solver, layers, shift, H)
         if self._polishes:  # quasi-Newton steps use it again
             self._last = (damping, factorization)
         return factorization
@@ -95,7 +87,7 @@ class FactoredSteps:
     @cached_property
     def dense_hessian(self) -> Tensor | None:
         """H (P, P), where forming it is the cheapest route."""
-        return self.tools.solver.dense(self.problem.curvature_layers) if self.is_dense else None
+        return self.solver.dense(self.problem.curvature_layers) if self.is_dense else None
 
     @cached_property
     def _state_weights(self) -> list[Tensor]:
@@ -110,7 +102,7 @@ class FactoredSteps:
         joint = by_state and self._polishes
         floor = 1e-10  # H alone may be singular
         shift = max(damping * (options.metric_damping if by_state else 1.0) + options.weight_decay, floor)
-        layers = self.tools.modified(problem.curvature_layers, self.curvature, damping if joint else 0.0)
+        layers = with_curvature(problem.curvature_layers, self.curvature, damping if joint else 0.0)
         return self._penalized(layers, damping) if by_state and not joint else layers, shift
 
     def _penalized(self, layers: Layers, damping: float) -> Layers:

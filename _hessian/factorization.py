@@ -25,7 +25,7 @@ from _hessian.refinement import (
     spectral_norm,
     unit_columns,
 )
-from _hessian.settings import Settings
+from _hessian.settings import Settings, dampings
 from _hessian.symmetric_factor import one_pool
 
 _REFINED_NUMBERS = 2**23  # right-hand sides are refined together up to this many numbers
@@ -46,14 +46,77 @@ class Factor(Protocol):
     def solve(self, v: Tensor) -> Tensor: ...
 
 
+class System(Protocol):
+    """H at one batch, or another matrix in its place, without the damping; and the ways to factor it with one."""
+
+    @property
+    def num_parameters(self) -> int: ...
+
+    @property
+    def num_dampings(self) -> int:
+        """How many dampings it takes, if not one."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def product(self, v: Tensor) -> Tensor:
+        """H v for v (P, k)."""
+
+    def damping_vector(self, damping: Damping) -> Tensor:
+        """Each parameter's damping, (P, 1)."""
+
+    def choose_route(self, settings: Settings, *, formed: bool, may_mix: bool) -> str:
+        """settings.route, or what stands for 'auto'. MemoryError where it won't fit. formed: H, or the Gram matrix, is
+        there already. may_mix: precision='mixed' can be advised."""
+
+    def factor(self, settings: Settings, formed: object, definite_only: bool) -> tuple[Factor, object]:
+        """The factor, and what no damping changes: H (P, P) by route 'dense', the Gram matrix by 'gram', what a sweep
+        needs by 'sweep'. formed: that of an earlier factorization, or None."""
+
+    def wrong_derivative(self) -> str | None:
+        """After a failed solve: which derivative is wrong, if any is."""
+
+
 class Solver(NamedTuple):
     """hessian.py's product and factorizations. This package is given them, since it may not import that module."""
 
     product: Callable[[Sequence[LayerDerivatives], Tensor], Tensor]  # (layers, v (P, k)) ↦ H v
     dense: Callable[[Sequence[LayerDerivatives]], Tensor]  # layers ↦ H (P, P)
-    # (layers, settings, formed, definite_only) ↦ the factor, and what no damping changes: H (P, P) by route 'dense',
-    # the Gram matrix by 'gram', the reduced inputs by 'sweep'. formed: that of an earlier factorization, or None
-    factor: Callable[[Layers, Settings, object, bool], tuple[Factor, object]]
+    factor: Callable[[Layers, Settings, object, bool], tuple[Factor, object]]  # as `System.factor`
+
+
+class Chain(NamedTuple):
+    """The system of a fully connected network's layers."""
+
+    solver: Solver
+    layers: Layers
+
+    @property
+    def num_parameters(self) -> int:
+        return num_parameters(shapes_of_layers(self.layers))
+
+    @property
+    def num_dampings(self) -> int:
+        return len(self.layers)
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].weight.device
+
+    def product(self, v: Tensor) -> Tensor:
+        return self.solver.product(self.layers, v)
+
+    def damping_vector(self, damping: Damping) -> Tensor:
+        return damping_vector(self.layers, dampings(damping, len(self.layers)))
+
+    def choose_route(self, settings: Settings, *, formed: bool, may_mix: bool) -> str:
+        return checked_route(self.layers, settings, formed=formed, may_mix=may_mix)
+
+    def factor(self, settings: Settings, formed: object, definite_only: bool) -> tuple[Factor, object]:
+        return self.solver.factor(self.layers, settings, formed, definite_only)
+
+    def wrong_derivative(self) -> str | None:
+        return None  # closed forms
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -74,8 +137,7 @@ class HessianFactorization:
     num_parameters: int
     num_negative_eigenvalues: int  # of H + εI, by Sylvester's law of inertia
     logabsdet: float  # log |det(H + εI)|
-    _solver: Solver
-    _layers: Layers
+    _system: System
     _factor: Factor | None
     _formed: object
 
@@ -103,7 +165,7 @@ class HessianFactorization:
     def _random_vector(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         v = torch.randn(self.num_parameters, 1, generator=generator, dtype=torch.float64)
-        return v.to(self._layers[0].weight.device)
+        return v.to(self._system.device)
 
     def __repr__(self) -> str:
         return (
@@ -131,13 +193,13 @@ class HessianFactorization:
     def with_damping(self, damping: float | Sequence[float]) -> HessianFactorization:
         """The same matrix at another damping, with the same options. Derivatives and QR are used again, and H or the
         Gram matrix where the route forms it. Raises as `factorize_hessian` does."""
-        damping = checked_damping(damping, len(self._layers))
+        damping = checked_damping(damping, self._system.num_dampings)
         check_combination(self.route, self.curvature, self.state_damping, damping, self.checkpoint_layers)
         return self._again(self._settings._replace(damping=damping))
 
     def _again(self, settings: Settings) -> HessianFactorization:
         same = (settings.route, settings.precision) == (self.route, self.precision)
-        return factorize(self._solver, self._layers, settings, formed=self._formed if same else None)
+        return factorize_system(self._system, settings, formed=self._formed if same else None)
 
     def solve(self, v: Tensor, *, rtol: float | None = 1e-8) -> Tensor:
         """x with (H + εI) x = v, for v of shape (P,) or (P, k), float32 or float64; x has v's dtype, no graph.
@@ -151,7 +213,7 @@ class HessianFactorization:
         Cost: O(Σ m² + m n′) a column and a sweep, two or three sweeps as a rule; with checkpoint_layers, two
         factorizations a sweep.
         """
-        columns = checked_vector(v, self.num_parameters, self._layers[0].weight.device)
+        columns = checked_vector(v, self.num_parameters, self._system.device)
         if rtol is None:
             x = self._direct(columns)
         else:
@@ -168,8 +230,7 @@ class HessianFactorization:
     def residual(self, x: Tensor, v: Tensor) -> Tensor:
         """‖(H + εI)x − v‖/‖v‖: () for x and v of shape (P,), (k,) for (P, k). Cost: one product in float64."""
         x_columns, columns = (
-            checked_vector(y, self.num_parameters, self._layers[0].weight.device, name)
-            for name, y in (("x", x), ("v", v))
+            checked_vector(y, self.num_parameters, self._system.device, name) for name, y in (("x", x), ("v", v))
         )
         if x.shape != v.shape:
             raise ValueError(
@@ -183,8 +244,8 @@ class HessianFactorization:
     def _product(self, v: Tensor) -> Tensor:
         """(H + εI) v for v (P, k)."""
         H = self._formed if self.route == "dense" else None
-        product = H @ v if isinstance(H, Tensor) else self._solver.product(self._layers, v)
-        return product + damping_vector(self._layers, self._settings.epsilons(len(self._layers))) * v
+        product = H @ v if isinstance(H, Tensor) else self._system.product(v)
+        return product + self._system.damping_vector(self.damping) * v
 
     def _direct(self, v: Tensor) -> Tensor:
         """One solve with the factor. Columns are scaled, so that none over- or underflows, in float32 least of all."""
@@ -225,6 +286,8 @@ class HessianFactorization:
         tries = [now._replace(precision="float64")] if mixed else []
         if self.route != "dense" and self.num_parameters <= _DENSE_TRIAL:
             tries.append(now._replace(route="dense", precision="float64", checkpoint_layers=False))
+        if wrong := self._system.wrong_derivative():
+            return f"(H + damping·I)x = v was solved to a relative residual of {worst:.1e} only: {wrong}"
         return (
             f"(H + damping·I)x = v was solved to a relative residual of {worst:.1e}, not to rtol={rtol:g}, at "
             f"{self._dampings()}{mixed}; the rounding of x alone may leave {reach:.0e}. "
@@ -240,7 +303,7 @@ class HessianFactorization:
     def _larger_dampings(self, *factors: float) -> list[Settings]:
         """These settings with the damping times each factor; none where that doesn't regularize."""
         now = self._settings
-        if min(now.epsilons(len(self._layers))) <= 0:
+        if min(now.epsilons(1)) <= 0:
             return []
         damping = self.damping
         scaled = (tuple(c * e for e in damping) if isinstance(damping, tuple) else c * damping for c in factors)
@@ -276,25 +339,31 @@ class HessianFactorization:
 
 
 def factorize(
-    solver: Solver,
-    layers: Layers,
+    solver: Solver, layers: Layers, settings: Settings, *, definite_only: bool = False, formed: object = None
+) -> HessianFactorization:
+    """`factorize_system` of the layers. curvature, state_damping: what was put into them."""
+    return factorize_system(Chain(solver, layers), settings, definite_only=definite_only, formed=formed)
+
+
+def factorize_system(
+    system: System,
     settings: Settings,
     *,
     definite_only: bool = False,
     formed: object = None,
     fell_back: bool = False,
 ) -> HessianFactorization:
-    """The quadratic form of `layers` + damping·I, factored. curvature, state_damping: what was put into the layers.
+    """The system's matrix + damping·I, factored.
 
     definite_only: raise NotPositiveDefinite where it is not. formed: what the route needs that no damping changes, if
     it was formed before; it is kept unchanged. fell_back: from a float32 factor.
     """
     solvable = settings.keep == "solve"
-    route = checked_route(layers, settings, formed=formed is not None, may_mix=not fell_back)
+    route = system.choose_route(settings, formed=formed is not None, may_mix=not fell_back)
     settings = settings._replace(route=route)
     try:
-        with one_pool(layers[0].weight.device):
-            factor, formed = solver.factor(layers, settings, formed, definite_only)
+        with one_pool(system.device):
+            factor, formed = system.factor(settings, formed, definite_only)
         _check_counts(factor, settings)
         result = HessianFactorization(
             settings.route,
@@ -304,11 +373,10 @@ def factorize(
             settings.precision,
             settings.keep,
             settings.checkpoint_layers,
-            num_parameters(shapes_of_layers(layers)),
+            system.num_parameters,
             factor.num_negative,
             factor.logabsdet,
-            solver,
-            layers,
+            system,
             factor if solvable else None,
             formed if solvable or settings.route == "sweep" else None,
         )
@@ -318,9 +386,7 @@ def factorize(
     except SingularHessianError:
         if settings.precision != "mixed":
             raise  # else float32 overflowed, or rounded to a singular pivot
-    return factorize(
-        solver, layers, settings._replace(precision="float64"), definite_only=definite_only, fell_back=True
-    )
+    return factorize_system(system, settings._replace(precision="float64"), definite_only=definite_only, fell_back=True)
 
 
 def _check_counts(factor: Factor, settings: Settings) -> None:

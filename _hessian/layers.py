@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,11 +39,14 @@ class NotPositiveDefinite(Exception):
         self.index = index
 
 
-class TrackedBatch(NamedTuple):
+Inputs = TypeVar("Inputs", Tensor, tuple[Tensor, ...])
+
+
+class TrackedBatch(NamedTuple, Generic[Inputs]):
     """The batch of the last tracked call. The loss is a weak reference, so that its graph can be freed."""
 
-    inputs: Tensor  # (N, a_0)
-    targets: Tensor  # (N,) or (N, C)
+    inputs: Inputs  # (N, a_0), or a tuple of tensors (N, …)
+    targets: Tensor
     loss: Callable[[], Tensor | None]
     value: Tensor
     parameters: list[Tensor]
@@ -113,6 +116,23 @@ class LayerDerivatives(NamedTuple):
 def with_skip(skip: float, out: Tensor, z: Tensor | None) -> Tensor:
     """out + σ z. z is None (zero) before layer 1. Where σ = 0, z may have another width than out."""
     return out + skip * z if skip and z is not None else out
+
+
+def with_curvature(
+    layers: tuple[LayerDerivatives, ...], curvature: str, state_damping: float
+) -> tuple[LayerDerivatives, ...]:
+    """The layers of another quadratic form: H or its Gauss–Newton part, plus (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ.
+
+    Without β φ″ and λ the Gauss–Newton term is left. State damping adds μ/N to β φ″.
+    """
+    if curvature == "gauss_newton":
+        layers = tuple(
+            x._replace(adjoint=torch.zeros_like(x.adjoint), curvature=torch.zeros_like(x.curvature)) for x in layers
+        )
+    if state_damping == 0:
+        return layers
+    hidden = [x._replace(curvature=x.curvature + state_damping / len(x.inputs)) for x in layers[:-1]]
+    return (*hidden, layers[-1])
 
 
 def same_shape_groups(layers: Sequence[LayerDerivatives], max_numbers: int | None = None) -> Iterator[list[int]]:

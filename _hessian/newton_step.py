@@ -13,7 +13,8 @@ from torch import Tensor
 from _hessian.conjugate_gradients import ConjugateGradients
 from _hessian.costs import shapes_of_layers
 from _hessian.damping_search import ROUNDING, DampingFactors, Search, SearchResult, Trial
-from _hessian.factored_steps import FactoredSteps, Tools, definite_factorization
+from _hessian.factored_steps import FactoredSteps, definite_factorization
+from _hessian.factorization import Solver
 from _hessian.gram_steps import GramSteps
 from _hessian.layers import SingularHessianError
 from _hessian.newton_options import MOMENTUM_DECAYS, PATIENCE, State
@@ -49,8 +50,8 @@ class NewtonStep:
 
     report: StepReport
 
-    def __init__(self, problem: StepProblem, parameters: Sequence[Tensor], state: State, tools: Tools):
-        self.problem, self.parameters, self.state, self.tools = problem, parameters, state, tools
+    def __init__(self, problem: StepProblem, parameters: Sequence[Tensor], state: State, solver: Solver):
+        self.problem, self.parameters, self.state, self.solver = problem, parameters, state, solver
         self.options = problem.options
         self.search = Search(problem)
         self.converged = self.stalled = False
@@ -60,11 +61,11 @@ class NewtonStep:
         layers = self.problem.curvature_layers
         if prefers_gram(shapes_of_layers(layers), len(layers[0].inputs), self.options):
             return GramSteps(self.problem)
-        return FactoredSteps(self.problem, self.tools, "gauss_newton")
+        return FactoredSteps(self.problem, self.solver, "gauss_newton")
 
     @cached_property
     def hessian(self) -> FactoredSteps:
-        return FactoredSteps(self.problem, self.tools, "hessian")
+        return FactoredSteps(self.problem, self.solver, "hessian")
 
     def run(self) -> None:
         state, auto = self.state, self.options.curvature == "auto"
@@ -95,7 +96,7 @@ class NewtonStep:
         return sweep_bytes(shapes_of_layers(layers), len(layers[0].inputs)) <= 2**32
 
     def _is_second_order_point(self) -> bool:
-        layers, solver = self.problem.layers, self.tools.solver
+        layers, solver = self.problem.layers, self.solver
         H = solver.dense(layers) if len(self.problem.theta) <= 3000 else None  # the dense route is more reliable
         return definite_factorization(solver, layers, self.options.weight_decay + self.options.htol, H) is not None
 
@@ -104,7 +105,7 @@ class NewtonStep:
         problem = self.problem
         try:  # a rough step is enough, and where the negative curvature is weak no better one can be proved
             found = solve_trust_region(
-                self.tools.solver, problem.layers, problem.gradient, 1.0, self.options.weight_decay, rtol=0.1
+                self.solver, problem.layers, problem.gradient, 1.0, self.options.weight_decay, rtol=0.1
             )
         except SingularHessianError:  # the point is too nearly semidefinite for float64
             return None

@@ -18,4 +18,9 @@ class Settings(NamedTuple):
 
     def epsilons(self, num_layers: int) -> tuple[float, ...]:
         """ε of each layer."""
-        return self.damping if isinstance(self.damping, tuple) else (self.damping,) * num_layers
+        return dampings(self.damping, num_layers)
+
+
+def dampings(damping: Damping, count: int) -> tuple[float, ...]:
+    """One for each of `count`."""
+    return damping if isinstance(damping, tuple) else (damping,) * count

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 import hessian
-from _hessian.factored_steps import Tools
 from _hessian.losses import loss_value
 from _hessian.newton_options import State
 from _hessian.newton_problem import StepProblem
@@ -17,7 +16,7 @@ from hessian import DeepMLPWithTracking, compute_layer_derivatives
 from newton import DampedNewton
 from tests.oracles import Case, flat_function
 
-TOOLS = Tools(hessian._SOLVER, hessian._modified)
+SOLVER = hessian._SOLVER
 
 
 def eye(size: int) -> Tensor:
@@ -74,4 +73,4 @@ def problem_of(optimizer: DampedNewton) -> StepProblem:
 
 def step_of(optimizer: DampedNewton) -> NewtonStep:
     """A step from the last tracked loss, not taken."""
-    return NewtonStep(problem_of(optimizer), list(optimizer._model.parameters()), state_of(optimizer), TOOLS)
+    return NewtonStep(problem_of(optimizer), list(optimizer._model.parameters()), state_of(optimizer), SOLVER)

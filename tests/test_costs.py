@@ -13,7 +13,7 @@ import torch
 import hessian
 from _hessian import costs
 from _hessian.costs import count_operations, shapes_of_layers
-from _hessian.factorization import Settings
+from _hessian.factorization import Settings, factorize
 from _hessian.refinement import unit_columns
 from hessian import (
     DeepMLPWithTracking,
@@ -43,7 +43,7 @@ def test_routes_are_chosen_by_counted_operations():
         for name in ("sweep", "dense"):
             epsilons = (1e3,) * len(layers)  # positive definite: no failed Cholesky is counted
             counted = counted_operations(
-                lambda n=name, e=epsilons, x=layers: hessian._factorize(x, Settings(e, route=n))
+                lambda n=name, e=epsilons, x=layers: factorize(hessian._SOLVER, x, Settings(e, route=n))
             )
             assert estimate[name] == pytest.approx(counted, rel=0.15), name
 
@@ -105,7 +105,7 @@ def test_mixed_precision_is_decided_by_a_trial():
     assert redone.precision == "float64"
     # what overflows in float32
     layers = tuple(x._replace(weight=1e30 * x.weight) for x in compute_layer_derivatives(model))
-    assert hessian._factorize(layers, Settings(0.1, route="sweep", precision="mixed")).precision == "float64"
+    assert factorize(hessian._SOLVER, layers, Settings(0.1, route="sweep", precision="mixed")).precision == "float64"
     with mock.patch.object(hessian.HessianFactorization, "_float32_suffices", lambda self: True):
         poor = factorize_hessian(model, loss, 1e-8, route="sweep", precision="mixed")
     with pytest.raises(SingularHessianError, match="precision='float64'"):

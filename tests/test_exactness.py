@@ -10,6 +10,7 @@ import torch
 
 import hessian
 from _hessian import symmetric_factor
+from _hessian.many_classes import ManyClassPivot
 from _hessian.symmetric_factor import factor_symmetric
 from hessian import (
     ACTIVATIONS,
@@ -224,7 +225,7 @@ def test_many_class_pivot(batch, loss):
         for damping in (1.0, 1e-2, 1e-4, -0.003):
             A = dense_hessian(case) + damping * torch.eye(len(v), dtype=torch.float64)
             sweep = hessian._Sweep(layers, [damping] * len(layers), None, True)
-            assert isinstance(next(sweep.downward()), hessian.ManyClassPivot)
+            assert isinstance(next(sweep.downward()), ManyClassPivot)
             x = sweep.solve(v)
             assert relative(A @ x - v, v) <= 1e-5
             x = x + sweep.solve(v - A @ x)

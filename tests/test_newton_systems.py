@@ -31,7 +31,7 @@ from hessian import (
 )
 from newton import DampedNewton
 from tests.newton_oracles import (
-    TOOLS,
+    SOLVER,
     closure_of,
     dense_objective_hessian,
     eye,
@@ -75,7 +75,7 @@ def test_sweep_steps_solve_their_system(batch, metric, curvature):
         model, curvature=curvature, route="sweep", metric=metric, weight_decay=c, metric_damping=rho
     )
     loss = closure_of(model, x, y)()
-    (solution,) = FactoredSteps(problem_of(optimizer), TOOLS, curvature).solve([damping])
+    (solution,) = FactoredSteps(problem_of(optimizer), SOLVER, curvature).solve([damping])
     found = solution.x
     product = hessian_vector_product(model, loss, found, curvature=curvature)
     product = product + (c + damping * (rho if metric == "state" else 1.0)) * found
@@ -108,7 +108,7 @@ def test_polishing_steps_solve_their_system():
     model, x, y = case.build()
     optimizer = DampedNewton(model, metric="state", weight_decay=c, metric_damping=rho)
     loss = closure_of(model, x, y)()
-    (solution,) = FactoredSteps(problem_of(optimizer), TOOLS, "hessian").solve([damping])
+    (solution,) = FactoredSteps(problem_of(optimizer), SOLVER, "hessian").solve([damping])
     found = solution.x
     product = hessian_vector_product(model, loss, found, state_damping=damping) + (c + damping * rho) * found
     g = objective_gradient(model, x, y, c)
@@ -118,7 +118,7 @@ def test_polishing_steps_solve_their_system():
 def test_a_solve_that_misses_its_residual_gives_no_solution(monkeypatch):
     model, x, y = Case((6, 4, 7), 9).build()
     closure_of(model, x, y)()
-    systems = FactoredSteps(problem_of(DampedNewton(model)), TOOLS, "gauss_newton")
+    systems = FactoredSteps(problem_of(DampedNewton(model)), SOLVER, "gauss_newton")
     assert len(systems.solve([1.0, 2.0])) == 2
     monkeypatch.setattr(HessianFactorization, "_refined", lambda self, v, rtol: Refined(v, torch.tensor([2 * rtol])))
     assert systems.solve([1.0, 2.0]) == []

@@ -118,6 +118,6 @@ def test_carried_pivots_are_needed():
     f.solve(v, rtol=1e-7)
     assert f.num_negative_eigenvalues == negative != plain.num_negative_eigenvalues
     carried = [pivot.carried for pivot in f._factor.downward() if pivot.carried is not None]
-    assert any(len(c.rows) for c in carried) and any(c.left is not None for c in carried)
+    assert any(len(c.rows) for c in carried) and any(c.outside is not None for c in carried)
     ordinary = factorize_hessian(model, loss, 0.1, route="sweep")
     assert all(pivot.carried is None for pivot in ordinary._factor.downward())

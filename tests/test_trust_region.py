@@ -17,6 +17,7 @@ from torch import Tensor
 
 import hessian
 from _hessian import trust_region
+from _hessian.layers import with_curvature
 from _hessian.refinement import Refined
 from hessian import (
     DeepMLPWithTracking,
@@ -329,7 +330,7 @@ def test_modified_curvature(curvature, mu):
         A = dense_hessian(case, curvature) + mu * dense_state_form(case)
         A = A + w * torch.eye(len(g), dtype=torch.float64)
         d = Dense(model, loss, g, A, *torch.linalg.eigh(0.5 * (A + A.T)))
-        layers = hessian._modified(compute_layer_derivatives(model), curvature, mu)
+        layers = with_curvature(compute_layer_derivatives(model), curvature, mu)
         for radius in (0.1, 1.0, 100.0):
             check_step(trust_region.solve_trust_region(hessian._SOLVER, layers, g, radius, w), d, g, radius)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import hessian
 from _hessian import carried_pivots, costs
-from _hessian.factorization import Settings
+from _hessian.factorization import Settings, factorize
 from hessian import (
     DeepMLPWithTracking,
     SingularHessianError,
@@ -224,7 +224,7 @@ def test_overflow_raises_on_every_route(route):
     layers = tuple(x._replace(inputs=1e160 * x.inputs) for x in compute_layer_derivatives(model))
     for keep in ("solve", "inertia"):
         with pytest.raises(SingularHessianError):
-            hessian._factorize(layers, Settings(0.1, route=route, keep=keep))
+            factorize(hessian._SOLVER, layers, Settings(0.1, route=route, keep=keep))
 
 
 def test_errors_of_trials_do_not_hide_the_error(monkeypatch):

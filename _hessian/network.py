@@ -1,0 +1,267 @@
+"""`TrackedNetwork`: any module that torch.fx can trace, and the system of its Hessian."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from _hessian.argument_checks import check_loss, check_tracked
+from _hessian.costs import RouteCost, factor_operations, free_bytes
+from _hessian.dense import dense_matrix, factor_dense
+from _hessian.factorization import Factor
+from _hessian.graph import Builder
+from _hessian.graph_elimination import GraphSweep, Program
+from _hessian.layers import Damping, TrackedBatch
+from _hessian.program import Products, StateProducts, make_program
+from _hessian.settings import Settings, dampings
+from _hessian.trace import check_modules, trace
+
+NAMED_LOSSES = ("cross_entropy", "mse", "binary_cross_entropy")
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class TrackedNetwork(nn.Module):
+    """A network of your own that remembers the batch of its last tracked loss, for the solve.
+
+    net: any module that torch.fx can trace and whose samples don't mix, in eval mode. Its parameters are shared, not
+    copied; those with requires_grad=False are constants, and H is that of the others. It takes x (N, …), or a tuple x
+    of such tensors, and returns one tensor (N, …).
+
+    loss: of outputs and targets. One of
+    - 'cross_entropy', 'mse', 'binary_cross_entropy' (on logits): means over all elements;
+    - a loss module of torch with reduction 'mean' or 'sum';
+    - a function (outputs, targets) ↦ (N,) losses, of which the mean is taken.
+    class_dim: 1 or −1, where the classes of a 'cross_entropy' are, if the targets' shape doesn't tell.
+
+    `model(x)` is `net(x)`; `model(x, y)` the loss; `model(x, y, track_activations=True)` the same loss, tracked.
+    """
+
+    def __init__(self, net: nn.Module, loss: str | LossFunction = "cross_entropy", *, class_dim: int | None = None):
+        super().__init__()
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+        if isinstance(loss, str) and loss not in NAMED_LOSSES:
+            raise ValueError(f"unknown loss {loss!r}: choose {', '.join(map(repr, NAMED_LOSSES))}, or pass a function")
+        if getattr(loss, "reduction", "mean") == "none":
+            raise ValueError("a loss module needs reduction='mean' or 'sum', got 'none'")
+        if class_dim not in (None, 1, -1):
+            raise ValueError(f"class_dim must be 1 or -1, got {class_dim!r}")
+        self.net, self.loss, self.class_dim = net, loss, class_dim
+        self._tracked: TrackedBatch[tuple[Tensor, ...]] | None = None
+
+    def forward(self, x: Tensor | tuple[Tensor, ...], targets: Tensor | None = None, track_activations: bool = False):
+        inputs = x if isinstance(x, tuple) else (x,)
+        if track_activations:
+            check_modules(self.net)
+        outputs = self.net(*inputs)
+        if targets is None:
+            if track_activations:
+                raise ValueError("track_activations=True needs targets: call model(x, y, track_activations=True)")
+            return outputs
+        loss = self.loss_value(outputs, targets)
+        if track_activations:
+            self._check_tracked_call(inputs, outputs, loss)
+            kept = tuple(t.detach().clone() for t in inputs)
+            parameters = [p.detach().clone() for p in self.parameters()]
+            autocast = torch.is_autocast_enabled(loss.device.type)
+            self._tracked = TrackedBatch(
+                kept, targets.detach().clone(), weakref.ref(loss), loss.detach().clone(), parameters, autocast
+            )
+        return loss
+
+    def _check_tracked_call(self, inputs: Sequence[Tensor], outputs: Tensor, loss: Tensor) -> None:
+        sizes = {len(x) for x in inputs}
+        if not isinstance(outputs, Tensor) or len(sizes) != 1 or len(outputs) not in sizes:
+            raise ValueError(
+                f"inputs and outputs must have the N samples of the batch in their first dimension, got "
+                f"{[tuple(x.shape) for x in inputs]} and {getattr(outputs, 'shape', type(outputs).__name__)}"
+            )
+        if len(outputs) == 0:
+            raise ValueError("the batch is empty: the mean loss of no samples has no Hessian")
+        if loss.dim() != 0:
+            raise ValueError(f"the loss must be one number, got shape {tuple(loss.shape)}")
+
+    def loss_value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss ()."""
+        if self.loss == "mse":
+            return F.mse_loss(outputs, targets)
+        if self.loss == "binary_cross_entropy":
+            return F.binary_cross_entropy_with_logits(outputs, targets)
+        if self.loss == "cross_entropy":
+            return F.cross_entropy(outputs.movedim(self._class_dim(outputs, targets), 1), targets)
+        if isinstance(self.loss, nn.Module):
+            return self.loss(outputs, targets)
+        assert not isinstance(self.loss, str)
+        losses = self.loss(outputs, targets)
+        if losses.shape != outputs.shape[:1]:
+            raise ValueError(
+                f"a loss function must return one loss a sample, ({len(outputs)},), got {tuple(losses.shape)}"
+            )
+        return losses.mean()
+
+    def _class_dim(self, outputs: Tensor, targets: Tensor) -> int:
+        """Where the classes are: the dimension of the outputs that the targets lack."""
+        if self.class_dim is not None or targets.is_floating_point() or outputs.dim() == 2:
+            return self.class_dim or 1
+        fitting = [d for d in (1, -1) if outputs.select(d, 0).shape == targets.shape]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            raise ValueError(
+                f"outputs of shape {tuple(outputs.shape)} may have their classes in dimension 1 or in the last one: "
+                "pass TrackedNetwork(net, loss, class_dim=1) or class_dim=-1"
+            )
+        raise ValueError(
+            f"targets of shape {tuple(targets.shape)} don't fit outputs of shape {tuple(outputs.shape)}: they must "
+            "have all of its dimensions but that of the classes"
+        )
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_tracked": None}
+
+
+@dataclass
+class _Kept:
+    """What is made when it is first asked for."""
+
+    program: Program | None = None
+    builder: Builder | None = None
+    products: Products | None = None
+    states: StateProducts | None = None
+
+
+class Network(NamedTuple):
+    """The system of a tracked network: H or JᵀΛJ, plus (μ/N) Σ SᵀS over its affine operations but the last."""
+
+    net: nn.Module  # a float64 copy
+    traced: fx.GraphModule
+    inputs: tuple[Tensor, ...]
+    parameters: Mapping[str, int]
+    loss: Callable[[Tensor], Tensor]
+    gauss_newton: bool
+    state_damping: float
+    kept: _Kept
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def num_dampings(self) -> int:
+        return len(self.parameters)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    @property
+    def program(self) -> Program:
+        if self.kept.program is None:
+            self.kept.program, self.kept.builder = make_program(
+                self.traced, self.inputs, self.parameters, self.loss, self.gauss_newton, self.state_damping
+            )
+        return self.kept.program
+
+    def product(self, v: Tensor) -> Tensor:
+        if self.kept.products is None:
+            self.kept.products = Products(self.net, self.inputs, self.loss, self.gauss_newton)
+        product = self.kept.products(v)
+        if not self.state_damping:
+            return product
+        program = self.program
+        if self.kept.states is None and self.kept.builder is not None:
+            self.kept.states = StateProducts(self.kept.builder, program)
+        assert self.kept.states is not None
+        return product + program.state_charge * self.kept.states(v)
+
+    def damping_vector(self, damping: Damping) -> Tensor:
+        sizes = torch.tensor(list(self.parameters.values()), device=self.device)
+        values = torch.tensor(dampings(damping, len(sizes)), dtype=torch.float64, device=self.device)
+        return values.repeat_interleave(sizes)[:, None]
+
+    def costs(self) -> dict[str, RouteCost]:
+        """Operations and bytes of each route, from the sizes of the operations."""
+        operations, numbers = self.program.cost()
+        P = self.num_parameters
+        product = 12 * sum(x.pull_back_cost for x in self.program.operations)
+        return {
+            "sweep": RouteCost(operations, 4 * numbers, 8 * numbers),
+            "dense": RouteCost(P * product + factor_operations(P), 2 * P * P, 8 * 3 * P * P),
+        }
+
+    def choose_route(self, settings: Settings, *, formed: bool, may_mix: bool) -> str:
+        unsupported = [
+            name
+            for name, chosen in (
+                ("route='gram'", settings.route == "gram"),
+                ("precision='mixed'", settings.precision == "mixed"),
+                ("checkpoint_layers=True", settings.checkpoint_layers),
+            )
+            if chosen
+        ]
+        if unsupported:
+            raise ValueError(
+                f"{' and '.join(unsupported)} is for DeepMLPWithTracking: leave it out for a TrackedNetwork"
+            )
+        costs = self.costs()
+        route = settings.route
+        if route == "auto":
+            route = min(costs, key=lambda name: costs[name].operations)
+        needed, free = costs[route].bytes / (2 if formed and route == "dense" else 1), free_bytes(self.device)
+        if needed > free:
+            fits = [f"route={name!r}" for name, cost in costs.items() if name != route and cost.bytes <= free]
+            raise MemoryError(
+                f"the factorization by route={route!r} needs {needed / 1e9:.3g} GB, and {self.device} has "
+                f"{free / 1e9:.3g} GB free. What fits: {'; '.join([*fits, 'fewer samples', 'frozen parameters'])}"
+            )
+        return route
+
+    def factor(self, settings: Settings, formed: object, definite_only: bool) -> tuple[Factor, object]:
+        if settings.route == "dense":
+            H = formed
+            if not isinstance(H, Tensor):
+                like = torch.empty(0, dtype=torch.float64, device=self.device)
+                H = dense_matrix(self.product, like, self.num_parameters, 64)
+            vector = self.damping_vector(settings.damping)
+            return factor_dense(H.clone(), vector, settings.damping, definite_only), H
+        epsilons = dict(zip(self.parameters, settings.epsilons(len(self.parameters)), strict=True))
+        solvable = settings.keep == "solve"
+        return GraphSweep(self.program, epsilons, definite_only=definite_only, solvable=solvable), None
+
+    def wrong_derivative(self) -> str | None:
+        return None if self.kept.program is None else self.kept.program.wrong_derivative()
+
+
+def network_system(model: TrackedNetwork, loss: Tensor, curvature: str, state_damping: float) -> Network:
+    """The system at the tracked loss, after every check that it is that of the parameters."""
+    tracked = model._tracked
+    check_tracked(tracked, loss, list(model.parameters()))
+    assert tracked is not None
+    net = copy.deepcopy(model.net).double()
+    copied = TrackedNetwork(
+        net, copy.deepcopy(model.loss).double() if isinstance(model.loss, nn.Module) else model.loss
+    )
+    copied.class_dim = model.class_dim
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in tracked.inputs)
+    targets = tracked.targets.double() if tracked.targets.is_floating_point() else tracked.targets
+    check_loss(tracked, copied(inputs, targets), "the network in float64")
+    parameters = {name: p.numel() for name, p in net.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError("all parameters are frozen (requires_grad=False): H is that of those which are not")
+    return Network(
+        net,
+        trace(net, inputs),
+        inputs,
+        parameters,
+        lambda outputs: copied.loss_value(outputs, targets),
+        curvature == "gauss_newton",
+        state_damping,
+        _Kept(),
+    )

@@ -1,0 +1,127 @@
+"""A network at one batch as a program of differentiated operations, and products with its Hessian."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from _hessian.graph import AffineNode, Builder, Value
+from _hessian.graph_elimination import Program
+from _hessian.operations import Affine, Operation, linearize, transposed_jacobian
+
+
+def make_program(
+    traced: fx.GraphModule,
+    inputs: Sequence[Tensor],
+    trainable: Mapping[str, int],
+    loss: Callable[[Tensor], Tensor],
+    gauss_newton: bool,
+    state_damping: float = 0.0,
+) -> tuple[Program, Builder]:
+    """loss: outputs (N, …) ↦ the mean loss, in float64. trainable: names and sizes of the parameters."""
+    builder = Builder(traced, inputs, list(trainable))
+    graph = builder.build()
+    betas = builder.adjoints(loss)
+    operations: list[Operation] = []
+    for node in graph.operations:
+        beta = betas[node.output]
+        beta = torch.zeros_like(beta) if gauss_newton else beta
+        if isinstance(node, AffineNode):
+            operations.append(Affine(node, beta))
+        else:
+            operations.append(linearize(node, [graph.tensors[x] for x in node.inputs], beta))
+    born: list[list[Value]] = [[] for _ in operations]
+    seen: set[Value] = set()
+    for index, operation in enumerate(operations):
+        for value in operation.inputs:
+            if value.name in trainable and value.batch_dim is None and value not in seen:
+                seen.add(value)
+                born[index].append(value)
+    outputs = graph.tensors[graph.output]
+    charge = state_damping / len(outputs)
+    program = Program(operations, dict(trainable), graph.output, loss_hessian(loss, outputs), born, charge)
+    return program, builder
+
+
+def loss_hessian(loss: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
+    """Λ (N, C, C), C the numbers that the network returns for a sample."""
+    N = len(outputs)
+    C = outputs.numel() // N
+    second = transposed_jacobian(torch.func.grad(loss), [outputs])
+    unit = torch.eye(C, dtype=outputs.dtype, device=outputs.device)[:, None].expand(C, N, C)
+    rows = torch.func.vmap(lambda c: second(c)[0], chunk_size=256)(unit.reshape(C, *outputs.shape))
+    return rows.reshape(C, N, C).transpose(0, 1)
+
+
+class Products:
+    """H v or JᵀΛJ v by double backward of the network itself: no graph of operations, no vmap. So a wrong derivative of
+    an operation shows in the residual of a solve."""
+
+    def __init__(self, net: nn.Module, inputs: Sequence[Tensor], loss: Callable[[Tensor], Tensor], gauss_newton: bool):
+        self._parameters = [p for p in net.parameters() if p.requires_grad]
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the CPU's flash kernel has no second derivative
+            outputs = net(*inputs)
+            total = loss(outputs)
+            self._map = _JacobianProducts(outputs, self._parameters) if gauss_newton else None
+            self._of = [outputs] if gauss_newton else self._parameters
+            self._gradient = torch.autograd.grad(total, self._of, create_graph=True, allow_unused=True)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """For v (P, k)."""
+        return torch.stack([self._one(column) for column in v.mT], 1)
+
+    def _one(self, v: Tensor) -> Tensor:
+        if self._map is not None:
+            (tangent,) = _second(self._gradient, [self._map.forward(v)], self._of)
+            return self._map.transpose(tangent)
+        pieces = v.split([p.numel() for p in self._parameters])
+        return _flat(_second(self._gradient, pieces, self._parameters))
+
+
+class StateProducts:
+    """Σ SᵀS v over the affine operations but the last, S v their outputs' change along v."""
+
+    def __init__(self, builder: Builder, program: Program):
+        charged = {x.output for x in program.operations if isinstance(x, Affine)} - {program.output}
+        parameters = [builder.traced.get_parameter(name) for name in program.parameters]
+        with torch.enable_grad():
+            self._maps = [_JacobianProducts(x, parameters) for x in builder.with_graph(charged)]
+
+    def __call__(self, v: Tensor) -> Tensor:
+        columns = [sum((m.transpose(m.forward(c)) for m in self._maps), torch.zeros_like(c)) for c in v.mT]
+        return torch.stack(columns, 1)
+
+
+class _JacobianProducts:
+    """J v and Jᵀw of outputs in the parameters; J v as the derivative of Jᵀw in w."""
+
+    def __init__(self, outputs: Tensor, parameters: Sequence[Tensor]):
+        self._outputs, self._parameters = outputs, parameters
+        self._weights = torch.zeros_like(outputs, requires_grad=True)
+        self._product = torch.autograd.grad(outputs, parameters, self._weights, create_graph=True, allow_unused=True)
+
+    def forward(self, v: Tensor) -> Tensor:
+        pieces = v.split([p.numel() for p in self._parameters])
+        return _second(self._product, pieces, [self._weights])[0]
+
+    def transpose(self, w: Tensor) -> Tensor:
+        found = torch.autograd.grad(self._outputs, self._parameters, w, retain_graph=True, allow_unused=True)
+        return _flat([torch.zeros_like(p) if g is None else g for g, p in zip(found, self._parameters, strict=True)])
+
+
+def _second(gradient: Sequence[Tensor | None], directions: Sequence[Tensor], of: Sequence[Tensor]) -> list[Tensor]:
+    """The derivative of ⟨gradient, directions⟩; zeros where there is none."""
+    pairs = [(g, d.view_as(g)) for g, d in zip(gradient, directions, strict=True) if g is not None and g.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(x) for x in of]
+    found = torch.autograd.grad(
+        [g for g, _ in pairs], list(of), [d for _, d in pairs], retain_graph=True, allow_unused=True
+    )
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, of, strict=True)]
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x.flatten() for x in tensors])

@@ -1,0 +1,239 @@
+"""Tracing a network by torch.fx, in float64: norms and attention written out, nothing in place."""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+_UNTRACEABLE = (nn.RNNBase, nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer)
+LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
+
+
+class Recorder(fx.Interpreter):
+    """Runs the graph and keeps the result of every node."""
+
+    def __init__(self, module: fx.GraphModule):
+        super().__init__(module)
+        self.results: dict[fx.Node, object] = {}
+
+    def run_node(self, n: fx.Node) -> object:
+        self.results[n] = result = super().run_node(n)
+        return result
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, LEAVES + _UNTRACEABLE) or _written_out(m) is not None or _plain(m)
+
+
+def _plain(m: nn.Module) -> bool:
+    """A module of torch without parameters."""
+    return m.__module__.startswith("torch.nn") and not list(m.parameters()) and not list(m.children())
+
+
+def trace(net: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """The graph of a float64 copy of `net`, norms and attention written out. The copy shares nothing with `net`."""
+    net = copy.deepcopy(net).double()
+    check_modules(net)
+    for module in net.modules():
+        if getattr(module, "inplace", False) is True:
+            setattr(module, "inplace", False)  # noqa: B010 (modules have it by name only)
+    tracer = _Tracer()
+    try:
+        with _traced_factories():
+            graph = tracer.trace(net)
+    except (torch.fx.proxy.TraceError, TypeError, RuntimeError, AttributeError) as error:
+        raise TypeError(
+            f"torch.fx can't trace {type(net).__name__}: {error}. Control flow must not depend on data; loops over "
+            "layers or time steps are fine"
+        ) from error
+    traced = fx.GraphModule(net, graph)
+    recorder = Recorder(traced)
+    with torch.no_grad():
+        recorder.run(*inputs)
+    for node in list(graph.nodes):
+        if node.op == "call_module" and (replacement := _written_out(traced.get_submodule(node.target))) is not None:
+            result = recorder.results[node]
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(replacement(graph, node, result.dim() if isinstance(result, Tensor) else 0))
+            graph.erase_node(node)
+        elif node.target is F.scaled_dot_product_attention:
+            node.target = scaled_dot_product_attention
+        elif node.target is F.layer_norm:
+            node.target = layer_norm
+        else:
+            _out_of_place(node)
+    traced.recompile()
+    return traced
+
+
+@contextmanager
+def _traced_factories() -> Iterator[None]:
+    """torch.zeros and its like, called with sizes of traced tensors, become nodes."""
+
+    def traced(function: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            found = [x for x in _leaves((args, kwargs)) if isinstance(x, fx.Proxy)]
+            if not found:
+                return function(*args, **kwargs)
+            return found[0].tracer.create_proxy("call_function", function, args, kwargs)
+
+        return call
+
+    names = ("arange", "empty", "eye", "full", "linspace", "ones", "zeros")
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(torch, name, traced(getattr(torch, name))))
+        yield
+
+
+def _leaves(x: object) -> Iterator[object]:
+    if isinstance(x, tuple | list):
+        for item in x:
+            yield from _leaves(item)
+    elif isinstance(x, Mapping):
+        yield from _leaves(list(x.values()))
+    else:
+        yield x
+
+
+_IN_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+def _out_of_place(node: fx.Node) -> None:
+    """The same without changing its argument. Whether the result is the same is checked on the loss."""
+    if node.target in _IN_PLACE:
+        node.target = _IN_PLACE[node.target]
+    elif node.op == "call_method" and (name := str(node.target)).endswith("_") and not name.endswith("__"):
+        node.target = name[:-1]
+    elif node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+
+
+def check_modules(net: nn.Module) -> None:
+    """That no module is one that can't be traced, or mixes samples, or is random."""
+    for name, module in net.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, _UNTRACEABLE):
+            cure = "write it as a loop over cells, or over layers of nn.MultiheadAttention and nn.Linear"
+            raise TypeError(f"{name or kind} is a {kind}, which torch.fx can't look into: {cure}")
+        if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(f"{name} is a {kind} in training mode, which mixes the samples: call .eval() first")
+        if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise ValueError(f"{name} is a {kind} in training mode, which is random: call .eval() first")
+
+
+# Written out, since the derivatives of torch's own kernels are wrong or missing under vmap.
+
+
+def normalized(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    x = normalized(x, list(range(-len(normalized_shape), 0)), eps)
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def group_normalized(x: Tensor, groups: int, eps: float) -> Tensor:
+    grouped = x.reshape(x.shape[0], groups, -1)
+    return normalized(grouped, [-1], eps).reshape(x.shape)
+
+
+def rms_normalized(x: Tensor, normalized_shape: Sequence[int], eps: float | None) -> Tensor:
+    dims = list(range(-len(normalized_shape), 0))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    return x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if dropout_p:
+        raise ValueError("attention with dropout_p > 0 is random: call .eval() first")
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+    scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~allowed, -math.inf)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    return torch.softmax(scores, -1) @ value
+
+
+_Replacement = Callable[[fx.Graph, fx.Node, int], fx.Node]
+
+
+def _written_out(m: nn.Module) -> _Replacement | None:
+    """What puts a module with parameters into the graph as functions of these, for outputs of so many dimensions."""
+    options: dict[str, fx.node.Argument] = {}
+    if isinstance(m, nn.LayerNorm):
+        normalize: Callable[..., Tensor] = layer_norm
+        options = {"normalized_shape": tuple(m.normalized_shape), "eps": m.eps}
+    elif isinstance(m, nn.RMSNorm):
+        normalize, options = rms_normalized, {"normalized_shape": tuple(m.normalized_shape), "eps": m.eps}
+    elif isinstance(m, nn.GroupNorm):
+        normalize, options = group_normalized, {"groups": m.num_groups, "eps": m.eps}
+    elif isinstance(m, nn.modules.batchnorm._BatchNorm):
+        normalize, options = F.batch_norm, {"eps": m.eps}
+    elif isinstance(m, nn.PReLU):
+        return _parametric_relu
+    else:
+        return None
+    over_channels = not isinstance(m, nn.LayerNorm | nn.RMSNorm)
+
+    def replacement(graph: fx.Graph, node: fx.Node, dims: int) -> fx.Node:
+        """γ x + β of the normalized x."""
+        names = ("running_mean", "running_var") if normalize is F.batch_norm else ()
+        buffers = (graph.get_attr(f"{node.target}.{name}") for name in names)
+        x = graph.call_function(normalize, (node.args[0], *buffers), options)
+        for name, apply in (("weight", operator.mul), ("bias", operator.add)):
+            if getattr(m, name, None) is not None:
+                x = graph.call_function(apply, (x, _broadcast(graph, f"{node.target}.{name}", dims * over_channels)))
+        return x
+
+    return replacement
+
+
+def _broadcast(graph: fx.Graph, name: str, dims: int) -> fx.Node:
+    """A parameter over the channels of a tensor of so many dimensions; as it is for 0."""
+    parameter = graph.get_attr(name)
+    return graph.call_method("reshape", (parameter, -1, *(1,) * (dims - 2))) if dims > 2 else parameter
+
+
+def _parametric_relu(graph: fx.Graph, node: fx.Node, dims: int) -> fx.Node:
+    return graph.call_function(_leaky_relu, (node.args[0], _broadcast(graph, f"{node.target}.weight", dims)))
+
+
+def _leaky_relu(x: Tensor, slope: Tensor) -> Tensor:
+    return torch.where(x > 0, x, slope * x)
