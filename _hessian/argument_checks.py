@@ -78,7 +78,10 @@ def check_targets(loss: str, logits: Tensor, targets: Tensor, dtype: torch.dtype
 
 def check_model(model: object, expected: type) -> None:
     if not isinstance(model, expected):
-        raise TypeError(f"model must be a {expected.__name__}, got {type(model).__name__}: see USAGE.md to convert one")
+        raise TypeError(
+            f"model must be a {expected.__name__}, got {type(model).__name__}. factorize_hessian and the products also "
+            "take TrackedNetwork(net), for any net that torch.fx can trace; other functions don't yet"
+        )
 
 
 def check_overrides(kind: type, base: type, *names: str) -> None:
@@ -166,7 +169,8 @@ def checked_damping(damping: float | Sequence[float], num_layers: int) -> Dampin
     values = _numbers(damping)
     if values.shape not in ((), (num_layers,)) or not bool(torch.isfinite(values).all()):
         raise ValueError(
-            f"damping must be a finite number, or one for each of the {num_layers} layers, got {damping!r}"
+            f"damping must be a finite number, or one for each of the {num_layers} layers (in a TrackedNetwork: of the "
+            f"parameter tensors), got {damping!r}"
         )
     return values.item() if values.dim() == 0 else tuple(values.tolist())
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from _hessian.trace import LEAVES, Recorder
+from _hessian.trace import LEAVES, Recorder, Traced
 
 
 class Value(NamedTuple):
@@ -93,20 +93,33 @@ def _tensor(x: object) -> Tensor:
 class Builder:
     """Turns a traced graph at one batch into operations. trainable: names of the parameters with a tangent."""
 
-    def __init__(self, traced: fx.GraphModule, inputs: Sequence[Tensor], trainable: Sequence[str]):
-        self.traced, self.inputs, self.N = traced, inputs, len(inputs[0])
-        *self.nodes, output = traced.graph.nodes
-        self.output = _node(output.args[0])
+    def __init__(self, traced: Traced, inputs: Sequence[Tensor], trainable: Sequence[str]):
+        self.traced, self.inputs, self.N = traced.module, inputs, len(inputs[0])
+        *nodes, output = traced.module.graph.nodes
+        if not isinstance(output.args[0], fx.Node):
+            raise ValueError("the network must return one tensor (N, …), got a tuple or dict of them")
+        self.output = output.args[0]
         self.results, self.one_more = self._run(inputs), self._run([torch.cat([x, x[:1]]) for x in inputs])
-        by_id = {id(p): name for name, p in traced.named_parameters()}  # tied parameters have one name
-        self.names = {name: by_id[id(p)] for name, p in traced.named_parameters(remove_duplicate=False)}
-        self.parameters = {name: dict(traced.named_parameters())[name].detach() for name in trainable}
+        parameters = dict(traced.module.named_parameters(remove_duplicate=False))
+        self.names = {name: traced.names[id(p)] for name, p in parameters.items()}
+        by_name = {traced.names[id(p)]: p.detach() for p in parameters.values()}
+        self.parameters = {name: by_name[name] for name in trainable if name in by_name}
         self.tangent: set[fx.Node] = set()
-        for node in self.nodes:
-            if any(name in self.parameters for name in self._brought_in(node)) or not self.tangent.isdisjoint(
-                node.all_input_nodes
-            ):
+        for node in nodes:
+            depends = any(name in self.parameters for name in self._brought_in(node))
+            depends = depends or not self.tangent.isdisjoint(node.all_input_nodes)
+            if depends and node.target != "detach":
                 self.tangent.add(node)
+        needed, todo = {self.output}, [self.output]
+        while todo:
+            found = (set(todo.pop().all_input_nodes) & self.tangent) - needed
+            needed |= found
+            todo += found
+        self.tangent &= needed
+        self.nodes = [node for node in nodes if node in self.tangent]
+        used = {name for node in self.nodes for name in self._brought_in(node)}
+        if missing := [name for name in trainable if name not in used]:
+            raise ValueError(f"the loss does not depend on {', '.join(missing)}: set requires_grad=False there")
         self.values = {node: self._value(node) for node in self.nodes if self._is_value(node)}
         self._check()
 
@@ -220,7 +233,7 @@ class Builder:
         uses: dict[str, int] = dict.fromkeys(self.parameters, 0)
         for node in self.nodes:
             if node.op == "get_attr" and (name := self._parameter(node)) is not None:
-                uses[name] += sum(2 if user not in affine else 0 for user in node.users)
+                uses[name] += sum(2 for user in node.users if user in self.tangent and user not in affine)
         for arguments in affine.values():
             for item in (arguments.weight, arguments.bias):
                 if (name := self._parameter(item)) is not None:
@@ -236,9 +249,6 @@ class Builder:
                 operations.append(self.region(node, groups[node]))
         tensors = {value: _tensor(self.results[node]) for node, value in self.values.items()}
         tensors |= {Value(name, p.shape, None, 1): p for name, p in self.parameters.items()}
-        missing = [name for name, count in uses.items() if count == 0]
-        if missing:
-            raise ValueError(f"the loss does not depend on {', '.join(missing)}: set requires_grad=False there")
         return Graph(operations, tensors, self.parameters, self.values[self.output])
 
     def _inputs(self, nodes: set[fx.Node]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from _hessian.argument_checks import check_loss, check_tracked
 from _hessian.costs import RouteCost, factor_operations, free_bytes
@@ -21,7 +21,7 @@ from _hessian.graph_elimination import GraphSweep, Program
 from _hessian.layers import Damping, TrackedBatch
 from _hessian.program import Products, StateProducts, make_program
 from _hessian.settings import Settings, dampings
-from _hessian.trace import check_modules, trace
+from _hessian.trace import Traced, check_modules, trace
 
 NAMED_LOSSES = ("cross_entropy", "mse", "binary_cross_entropy")
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -141,7 +141,7 @@ class Network(NamedTuple):
     """The system of a tracked network: H or JᵀΛJ, plus (μ/N) Σ SᵀS over its affine operations but the last."""
 
     net: nn.Module  # a float64 copy
-    traced: fx.GraphModule
+    traced: Traced
     inputs: tuple[Tensor, ...]
     parameters: Mapping[str, int]
     loss: Callable[[Tensor], Tensor]

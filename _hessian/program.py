@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from _hessian.graph import AffineNode, Builder, Value
 from _hessian.graph_elimination import Program
 from _hessian.operations import Affine, Operation, linearize, transposed_jacobian
+from _hessian.trace import Traced
 
 
 def make_program(
-    traced: fx.GraphModule,
+    traced: Traced,
     inputs: Sequence[Tensor],
     trainable: Mapping[str, int],
     loss: Callable[[Tensor], Tensor],
@@ -86,7 +87,8 @@ class StateProducts:
 
     def __init__(self, builder: Builder, program: Program):
         charged = {x.output for x in program.operations if isinstance(x, Affine)} - {program.output}
-        parameters = [builder.traced.get_parameter(name) for name in program.parameters]
+        of = {builder.names[name]: p for name, p in builder.traced.named_parameters(remove_duplicate=False)}
+        parameters = [of[name] for name in program.parameters]
         with torch.enable_grad():
             self._maps = [_JacobianProducts(x, parameters) for x in builder.with_graph(charged)]
 

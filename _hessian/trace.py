@@ -7,13 +7,23 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
-_UNTRACEABLE = (nn.RNNBase, nn.Transformer, nn.TransformerEncoder, nn.TransformerEncoderLayer)
+_UNTRACEABLE = (
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
 LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 
 
@@ -29,6 +39,11 @@ class Recorder(fx.Interpreter):
         return result
 
 
+class Traced(NamedTuple):
+    module: fx.GraphModule
+    names: dict[int, str]  # of its parameters by id, as net.named_parameters() has them: a tied one has one name
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, LEAVES + _UNTRACEABLE) or _written_out(m) is not None or _plain(m)
@@ -39,21 +54,25 @@ def _plain(m: nn.Module) -> bool:
     return m.__module__.startswith("torch.nn") and not list(m.parameters()) and not list(m.children())
 
 
-def trace(net: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule:
+def trace(net: nn.Module, inputs: Sequence[Tensor]) -> Traced:
     """The graph of a float64 copy of `net`, norms and attention written out. The copy shares nothing with `net`."""
-    net = copy.deepcopy(net).double()
     check_modules(net)
-    for module in net.modules():
+    net = copy.deepcopy(net).double()
+    names = {id(p): name for name, p in net.named_parameters()}
+    for module in list(net.modules()):
         if getattr(module, "inplace", False) is True:
             setattr(module, "inplace", False)  # noqa: B010 (modules have it by name only)
+        for name, child in module.named_children():
+            if isinstance(child, nn.MultiheadAttention):
+                setattr(module, name, WrittenAttention(child))
     tracer = _Tracer()
     try:
         with _traced_factories():
             graph = tracer.trace(net)
     except (torch.fx.proxy.TraceError, TypeError, RuntimeError, AttributeError) as error:
         raise TypeError(
-            f"torch.fx can't trace {type(net).__name__}: {error}. Control flow must not depend on data; loops over "
-            "layers or time steps are fine"
+            f"torch.fx can't trace {type(net).__name__}: {str(error).split('. ')[0]}. Control flow must not depend on "
+            "data; loops over layers, or over a number of time steps, are fine"
         ) from error
     traced = fx.GraphModule(net, graph)
     recorder = Recorder(traced)
@@ -72,7 +91,7 @@ def trace(net: nn.Module, inputs: Sequence[Tensor]) -> fx.GraphModule:
         else:
             _out_of_place(node)
     traced.recompile()
-    return traced
+    return Traced(traced, names)
 
 
 @contextmanager
@@ -128,12 +147,60 @@ def check_modules(net: nn.Module) -> None:
     for name, module in net.named_modules():
         kind = type(module).__name__
         if isinstance(module, _UNTRACEABLE):
-            cure = "write it as a loop over cells, or over layers of nn.MultiheadAttention and nn.Linear"
+            cure = "write it with nn.Linear (a cell as a loop over time steps) or nn.MultiheadAttention"
             raise TypeError(f"{name or kind} is a {kind}, which torch.fx can't look into: {cure}")
+        if parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
+            raise TypeError(
+                f"{name or kind} has a parametrized weight, which hides its parameters: compute the weight in "
+                "`forward`, and call torch.nn.functional"
+            )
         if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"{name} is a {kind} in training mode, which mixes the samples: call .eval() first")
         if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise ValueError(f"{name} is a {kind} in training mode, which is random: call .eval() first")
+
+
+class WrittenAttention(nn.Module):
+    """nn.MultiheadAttention as functions that torch.fx can trace, with the same parameters under the same names."""
+
+    def __init__(self, m: nn.MultiheadAttention):
+        super().__init__()
+        if m.in_proj_weight is None or m.bias_k is not None or m.add_zero_attn:
+            raise TypeError(
+                "nn.MultiheadAttention with kdim, vdim, add_bias_kv or add_zero_attn is not supported: write it with "
+                "nn.Linear"
+            )
+        self.in_proj_weight, self.in_proj_bias, self.out_proj = m.in_proj_weight, m.in_proj_bias, m.out_proj
+        self.num_heads, self.batch_first = m.num_heads, m.batch_first
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        if key_padding_mask is not None:
+            raise TypeError("nn.MultiheadAttention with key_padding_mask is not supported: pass attn_mask")
+        W, b = self.in_proj_weight, self.in_proj_bias
+        if query is key and key is value:
+            q, k, v = F.linear(query, W, b).chunk(3, -1)
+        else:
+            w, c = W.chunk(3), (None, None, None) if b is None else b.chunk(3)
+            q, k, v = F.linear(query, w[0], c[0]), F.linear(key, w[1], c[1]), F.linear(value, w[2], c[2])
+        q, k, v = (self._heads(x) for x in (q, k, v))
+        attended = scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal and attn_mask is None)
+        attended = attended.transpose(1, 2).flatten(2)  # (N, T, width)
+        return self.out_proj(attended if self.batch_first else attended.transpose(0, 1)), None
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(N, heads, T, width / heads)."""
+        x = x if self.batch_first else x.transpose(0, 1)
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 # Written out, since the derivatives of torch's own kernels are wrong or missing under vmap.

@@ -176,6 +176,79 @@ def test_wrong_derivatives_are_found(monkeypatch):
         f.solve(v, rtol=1e-13)
 
 
+class Encoder(nn.Module):
+    """nn.MultiheadAttention, and norms before it, as in a vision transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(3, 4), nn.LayerNorm(4)
+        self.attention, self.out = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 3)
+        nn.init.normal_(self.attention.in_proj_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = self.norm(x)
+        attended, _ = self.attention(y, y, y, need_weights=False)
+        z, _ = self.attention(y, x + attended, y)
+        return self.out(z[:, 0])
+
+
+def test_multihead_attention():
+    torch.manual_seed(0)
+    model = TrackedNetwork(Encoder().double().eval())
+    x, y = random_vector(30).view(2, 5, 3), torch.tensor([0, 2])
+    loss = model(x, y, track_activations=True)
+    H = oracle(model, x, y)
+    v = random_vector(len(H))
+    f = factorize_hessian(model, loss, 0.1, route="sweep")
+    assert relative(H @ f.solve(v) + 0.1 * f.solve(v) - v, v) <= 1e-9
+    assert f.num_negative_eigenvalues == int((torch.linalg.eigvalsh(H) < -0.1).sum())
+
+
+def test_vision_transformer():
+    from torchvision.models import VisionTransformer
+
+    torch.manual_seed(0)
+    net = VisionTransformer(
+        image_size=4, patch_size=2, num_layers=1, num_heads=2, hidden_dim=4, mlp_dim=5, num_classes=3
+    )
+    nn.init.normal_(net.heads.head.weight)
+    model = TrackedNetwork(net.double().eval())
+    x, y = random_vector(96).view(2, 3, 4, 4), torch.tensor([0, 2])
+    loss = model(x, y, track_activations=True)
+    H = oracle(model, x, y)
+    v = random_vector(len(H))
+    f = factorize_hessian(model, loss, 0.1, route="sweep")
+    assert relative(H @ f.solve(v) + 0.1 * f.solve(v) - v, v) <= 1e-9
+    assert f.num_negative_eigenvalues == int((torch.linalg.eigvalsh(H) < -0.1).sum())
+
+
+class Unused(nn.Module):
+    """Parameters that the loss does not depend on: never called, called for nothing, or cut off."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.way, self.used, self.other = way, nn.Linear(4, 3), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "called":
+            self.other(x)
+        if self.way == "cut off":
+            x = x + torch.tanh(self.other(x)).detach()
+        return self.used(x)
+
+
+@pytest.mark.parametrize("way", ["never", "called", "cut off"])
+@pytest.mark.parametrize("route", ["sweep", "dense"])
+def test_unused_parameters_are_refused(way, route):
+    model = TrackedNetwork(Unused(way).double().eval())
+    x, y = random_vector(3, 4), torch.tensor([0, 2, 1])
+    with pytest.raises(ValueError, match="does not depend on other.weight, other.bias"):
+        factorize_hessian(model, model(x, y, track_activations=True), 0.1, route=route)
+    model.net.other.requires_grad_(False)
+    factorize_hessian(model, model(x, y, track_activations=True), 0.1, route=route)
+
+
 class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x
@@ -184,7 +257,8 @@ class Branching(nn.Module):
 @pytest.mark.parametrize(
     "net, message",
     [
-        (nn.Sequential(nn.LSTM(4, 3)), "LSTM.*loop over cells"),
+        (nn.Sequential(nn.LSTM(4, 3)), "LSTM.*loop over time steps"),
+        (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))), "parametrized weight"),
         (nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), "mixes the samples: call .eval"),
         (nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3)), "random: call .eval"),
         (nn.Sequential(nn.Linear(4, 3), Branching()), "can't trace.*Control flow"),
@@ -214,7 +288,7 @@ def test_wrong_calls():
         ({"route": "gram", "curvature": "gauss_newton"}, "is for DeepMLPWithTracking"),
         ({"precision": "mixed"}, "is for DeepMLPWithTracking"),
         ({"checkpoint_layers": True}, "is for DeepMLPWithTracking"),
-        ({"damping": (0.1, 0.2)}, "one for each of the 6"),
+        ({"damping": (0.1, 0.2)}, "one for each of the 6.*parameter tensor"),
     ):
         with pytest.raises(ValueError, match=message):
             factorize_hessian(model, loss, **{"damping": 0.1, **options})
