@@ -18,7 +18,7 @@ from benchmarks.processes import in_process, resident_bytes
 from benchmarks.report import Report, table
 from hessian import DeepMLPWithTracking, estimate_cost, factorize_hessian
 
-RTOL = 1e-10
+RTOL = 1e-8
 
 
 class Case(NamedTuple):
