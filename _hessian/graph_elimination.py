@@ -22,7 +22,7 @@ from torch import Tensor
 from _hessian.costs import factor_operations
 from _hessian.graph import Value
 from _hessian.layers import NotPositiveDefinite, SingularHessianError
-from _hessian.operations import Affine, Operation, RegionOperation
+from _hessian.operations import Affine, Elementwise, Operation, RegionOperation
 from _hessian.symmetric_factor import BLOCK, SymmetricFactor, factor_symmetric, mirror, subtract_gram
 
 
@@ -97,6 +97,14 @@ class State:
     def block(self, u: Value, v: Value) -> Tensor:
         return self.P[self.places[u], self.places[v]]
 
+    def scale(self, output: Value, value: Value, slope: Tensor, second: Tensor) -> None:
+        """The output's place becomes that of the value it is an elementwise function of: φ′P φ′ + diag(β φ″)."""
+        place = self.places.pop(output)
+        self.places[value] = place
+        self.P[:, place] *= slope
+        self.P[place] *= slope[:, None]
+        self.block(value, value).diagonal().add_(second)
+
 
 class Pivot(NamedTuple):
     """Parameters eliminated at one place: G = F Σ Fᵀ, ΣF⁻¹B over the values live then."""
@@ -150,6 +158,9 @@ class GraphSweep:
         live = [value for value in state.places if value != o]
         if isinstance(operation, Affine) and o != self.program.output:
             state.block(o, o).diagonal().add_(self.program.state_charge)
+        if isinstance(operation, Elementwise) and operation.is_plain and operation.inputs[0] not in state.places:
+            state.scale(o, operation.inputs[0], operation.slopes[0], operation.second[0][0])
+            return Step(operation, None, [])
         columns = state.P[:, state.places[o]]
         JK = G = None
         if isinstance(operation, Affine) and operation.size:

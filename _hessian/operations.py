@@ -116,6 +116,11 @@ class Elementwise(RegionOperation):
         self.second = [[self._flat(x) for x in row] for row in second]
         self._index = [self._positions(value) for value in region.inputs]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is φ(u) of one activation, entry by entry."""
+        return len(self.inputs) == 1 and self._index[0] is None and self.inputs[0].batch_dim is not None
+
     def _flat(self, x: Tensor) -> Tensor:
         return self.output.flatten(x.detach()[None])[0]
 

@@ -24,6 +24,8 @@ from benchmarks.training.problems import ALL, PARTS, PROBLEMS, initial_model, lo
 from benchmarks.training.report import mean_difference, median_and_range, median_curve
 from benchmarks.training.runs import Run, Session, run_method, stored_runs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def threads_as_before():

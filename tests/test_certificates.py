@@ -37,6 +37,7 @@ def advised(message: str) -> list[dict[str, object]]:
     return [{name: eval(value) for name, value in arguments.items()} for arguments in found if arguments]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ILL_CONDITIONED, ids=lambda case: f"{len(case.hidden)}-{case.activation}")
 @pytest.mark.parametrize("way", [{}, {"checkpoint_layers": True}, {"precision": "mixed"}], ids=str)
 def test_advice_works_as_it_stands(case, way):
@@ -139,6 +140,7 @@ def test_inertia_that_rounding_decides_is_an_error(route):
             assert route != "gram" or exponent <= 40
 
 
+@pytest.mark.slow
 def test_inertia_is_certified_where_it_is_right():
     """Networks and dampings where rounding decides, beside ordinary ones. What is certified equals the dense count,
     what is ordinary is certified, and of the wrong counts, of which there are some, none is."""

@@ -28,6 +28,8 @@ from tests.imagenet_helpers import (
 )
 from train_imagenet import main
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_truncated_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys):
     argv = flags(DUMMY, checkpoint_dir=tmp_path)

@@ -29,6 +29,8 @@ from tests.imagenet_helpers import (
 )
 from train_imagenet import main
 
+pytestmark = pytest.mark.slow
+
 
 def spoil(tree: Path, how: str) -> Path:
     """Break the tree; the path that the error must name."""

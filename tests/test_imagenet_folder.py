@@ -33,6 +33,8 @@ from tests.imagenet_helpers import (
 )
 from train_imagenet import main
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_run_in_the_way_is_moved_aside(tmp_path, capsys):
     argv = flags(DUMMY, checkpoint_dir=tmp_path / "run", epochs=1)

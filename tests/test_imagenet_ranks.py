@@ -31,6 +31,8 @@ from tests.imagenet_helpers import (
 )
 from train_imagenet import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("method", ("", HESSIAN))
 def test_two_ranks_are_one_process_with_the_same_batch(tmp_path, method):

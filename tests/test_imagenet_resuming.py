@@ -33,6 +33,8 @@ from tests.imagenet_helpers import (
 )
 from train_imagenet import main
 
+pytestmark = pytest.mark.slow
+
 
 def interrupted(argv: list[str], folder: Path, number: int) -> int:
     """Start, send the signal as soon as there is a checkpoint, and return the exit code."""

@@ -38,6 +38,8 @@ from tests.imagenet_helpers import (
 )
 from train_imagenet import main
 
+pytestmark = pytest.mark.slow
+
 LINE = re.compile(r"Epoch (\d+): Loss=(\d+\.\d{4}), Acc=(\d+\.\d{2})%, Time=(\d+\.\d{2})s( \(Hessian: \d+\.\d{2}s\))?")
 
 

@@ -56,7 +56,12 @@ def tracked(name: str) -> tuple[TrackedNetwork, Tensor, Tensor, Tensor]:
     return model, x, y, model(x, y, track_activations=True)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+SLOW = ("gpt", "gpt, tied", "gpt, half frozen")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in EXAMPLES]
+)
 def test_exact_for_every_kind_of_network(name):
     """Products, solves, inertia and determinant; both curvatures, both routes, ε down to 1e-6; and state damping."""
     model, x, y, loss = tracked(name)

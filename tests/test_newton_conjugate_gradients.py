@@ -18,6 +18,8 @@ from newton import DampedNewton
 from tests.newton_oracles import closure_of, eye, parameters_of, state_of, step_of
 from tests.oracles import Case, dense_hessian, random_vector, relative, tracked_loss
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("weight_decay", (0.0, 0.03))
 @pytest.mark.parametrize("metric", ("state", "parameter"))

@@ -14,6 +14,8 @@ from newton import DampedNewton
 from tests.newton_oracles import closure_of, parameters_of, state_of
 from tests.oracles import Case, raises
 
+pytestmark = pytest.mark.slow
+
 RESUMED = (
     (Case((6, 5), 14, inputs=4), {}, 12, {"gauss_newton"}),
     (Case((6, 5), 14, inputs=4), {"curvature_batch": 5, "weight_decay": 1e-3}, 12, {"gauss_newton"}),

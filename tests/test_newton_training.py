@@ -25,6 +25,8 @@ from tests.newton_oracles import (
 )
 from tests.oracles import Case, random_vector, relative
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "options", [{}, {"route": "sweep"}, {"curvature": "hessian"}, {"metric": "parameter"}], ids=str

@@ -180,6 +180,7 @@ def check_step(step: TrustRegionStep, d: Dense, g: Tensor, radius: float, rtol: 
 # ------------------------------------------------------------------------------------------------ the global step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", PROBLEMS, ids=problem_id)
 def test_global_optimum(problem):
     """All vectors, tiny to huge radii, both routes."""
@@ -191,6 +192,7 @@ def test_global_optimum(problem):
         assert error.norm() <= 0.01 * (g.norm() + step.damping * radius)  # √rtol
 
 
+@pytest.mark.slow
 def test_the_problems_have_every_case():
     """Interior, boundary and hard steps, and curvature of either sign. Else the test above would test less."""
     found = [step for problem in PROBLEMS for step in steps(problem).values()]
@@ -269,6 +271,7 @@ def test_tighter_proof():
 # ----------------------------------------------------------------------------------------------- search and proof
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", PROBLEMS[6:14:2] + PROBLEMS[11:12], ids=problem_id)
 def test_a_poor_search_is_found_out(problem, monkeypatch):
     """A Krylov space of 3 blocks misses λ_min. The factorizations tell, and the step is still the best one."""
