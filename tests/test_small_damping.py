@@ -45,17 +45,21 @@ REACH = (
     Case((6, 4, 7), 15),
     Case((5, 5, 4), 2, residual=True),
     Case((16, 12, 14), 3, inputs=10),
-    Case((8, 7) * 14, 32, inputs=20),
-    Case((8, 7) * 14, 4, inputs=20),
-    Case((8,) * 29, 5, residual=True, inputs=8),
 )
 
 REACH += (UNCARRIED,)
-LARGE = pytest.param(Case((20,) * 9, 5, "relu", inputs=20, classes=10), marks=pytest.mark.slow)
+LARGE = (
+    Case((8, 7) * 14, 32, inputs=20),
+    Case((8, 7) * 14, 4, inputs=20),
+    Case((8,) * 29, 5, residual=True, inputs=8),
+    Case((20,) * 9, 5, "relu", inputs=20, classes=10),
+)
 
 
 @pytest.mark.parametrize(
-    "case", [*REACH, LARGE], ids=lambda case: f"{len(case.hidden)}x{case.hidden[0]}-{case.batch}-{case.activation}"
+    "case",
+    [*REACH, *(pytest.param(case, marks=pytest.mark.slow) for case in LARGE)],
+    ids=lambda case: f"{len(case.hidden)}x{case.hidden[0]}-{case.batch}-{case.activation}",
 )
 def test_reach(case):
     """ε from 10 to 1e-8: the residual is that of a dense LU with one refinement, inertia and determinant are exact."""
