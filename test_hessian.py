@@ -8,6 +8,7 @@ Oracles (tests/oracles.py): the dense Hessian by torch.func.hessian, differences
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import hessian
+import newton
 from _hessian import symmetric_factor
 from _hessian.factorization import Settings, factorize
 from _hessian.refinement import spectral_norm
@@ -215,6 +217,52 @@ def test_documented_code_runs(document):
     namespace: dict = {}
     for block in blocks:
         exec(compile(block, document, "exec"), namespace)
+
+
+# the public names, and their arguments with defaults; after * by keyword only
+PUBLIC = {
+    "hessian": {
+        "ACTIVATIONS": None,
+        "Activation": "value, derivatives",
+        "DeepMLPWithTracking": "input_dim, hidden_dim, num_classes, num_hidden_layers, activation='tanh', *, "
+        "bias=True, residual=False, loss='cross_entropy'",
+        "HessianFactorization": None,
+        "LayerDerivatives": "weight, inputs, slope, curvature, adjoint, skip, output, penalty=None, penalty_shift=None",
+        "OutputHessian": "diagonal, zero_sum",
+        "RouteCost": "operations, solve_operations, bytes",
+        "SingularHessianError": "message, *, layer=None, damping=None, residual=None",
+        "TrackedNetwork": "net, loss='cross_entropy', *, class_dim=None",
+        "compute_layer_derivatives": "model",
+        "estimate_cost": "model, batch_size, *, curvature='hessian', precision='float64', keep='solve', "
+        "checkpoint_layers=False",
+        "factorize_hessian": "model, loss, damping, *, curvature='hessian', route='auto', state_damping=0.0, "
+        "precision='float64', keep='solve', checkpoint_layers=False",
+        "hessian_inverse_vector_product": "model, loss, v, damping=0.0, *, rtol=1e-08",
+        "hessian_vector_product": "model, loss, v, *, curvature='hessian', state_damping=0.0",
+    },
+    "newton": {
+        "DampedNewton": "model, *, curvature='auto', metric='auto', route='auto', curvature_batch=None, "
+        "cg_iterations=8, weight_decay=0.0, damping=1.0, metric_damping=None, gtol=1e-12, htol=1e-08, seed=0",
+        "StepCost": "route, num_dampings, operations, traffic, bytes",
+        "StepReport": "method, accepted, objective, new_objective, gradient_norm, damping, length, num_trials, "
+        "certified",
+        "TrustRegionStep": "step, damping, predicted_decrease, num_factorizations, on_boundary, hard_case",
+        "trust_region_step": "model, loss, gradient, radius, *, weight_decay=0.0, rtol=0.0001, route='auto'",
+    },
+}
+
+
+@pytest.mark.parametrize("module", [hessian, newton], ids=lambda module: module.__name__)
+def test_public_names_and_signatures(module):
+    expected = PUBLIC[module.__name__]
+    assert sorted(module.__all__) == sorted(expected)
+    for name, arguments in expected.items():
+        if arguments is not None:
+            parameters = inspect.signature(getattr(module, name)).parameters.values()
+            plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+            assert str(inspect.Signature(plain)) == f"({arguments})", name
+    methods = ("solve", "residual", "with_damping", "is_positive_definite", "inertia_is_certified")
+    assert all(hasattr(hessian.HessianFactorization, name) for name in methods)
 
 
 def test_public_names_are_documented():
