@@ -91,6 +91,11 @@ def check_overrides(kind: type, base: type, *names: str) -> None:
         raise ValueError(f"{kind.__name__} overrides `{names[0]}` but not `{names[1]}`: override both")
 
 
+def check_used(unused: Sequence[str]) -> None:
+    if unused:
+        raise ValueError(f"the loss does not depend on {', '.join(unused)}: set requires_grad=False there")
+
+
 def _equal(p: Tensor, q: Tensor) -> bool:
     return p.dtype == q.dtype and p.device == q.device and torch.equal(p, q)
 

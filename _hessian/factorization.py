@@ -73,9 +73,6 @@ class System(Protocol):
         """The factor, and what no damping changes: H (P, P) by route 'dense', the Gram matrix by 'gram', what a sweep
         needs by 'sweep'. formed: that of an earlier factorization, or None."""
 
-    def wrong_derivative(self) -> str | None:
-        """After a failed solve: which derivative is wrong, if any is."""
-
 
 class Solver(NamedTuple):
     """hessian.py's product and factorizations. This package is given them, since it may not import that module."""
@@ -114,9 +111,6 @@ class Chain(NamedTuple):
 
     def factor(self, settings: Settings, formed: object, definite_only: bool) -> tuple[Factor, object]:
         return self.solver.factor(self.layers, settings, formed, definite_only)
-
-    def wrong_derivative(self) -> str | None:
-        return None  # closed forms
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -286,8 +280,6 @@ class HessianFactorization:
         tries = [now._replace(precision="float64")] if mixed else []
         if self.route != "dense" and self.num_parameters <= _DENSE_TRIAL:
             tries.append(now._replace(route="dense", precision="float64", checkpoint_layers=False))
-        if wrong := self._system.wrong_derivative():
-            return f"(H + damping·I)x = v was solved to a relative residual of {worst:.1e} only: {wrong}"
         return (
             f"(H + damping·I)x = v was solved to a relative residual of {worst:.1e}, not to rtol={rtol:g}, at "
             f"{self._dampings()}{mixed}; the rounding of x alone may leave {reach:.0e}. "

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from _hessian.argument_checks import check_used
 from _hessian.trace import LEAVES, Recorder, Traced
 
 
@@ -118,8 +119,7 @@ class Builder:
         self.tangent &= needed
         self.nodes = [node for node in nodes if node in self.tangent]
         used = {name for node in self.nodes for name in self._brought_in(node)}
-        if missing := [name for name in trainable if name not in used]:
-            raise ValueError(f"the loss does not depend on {', '.join(missing)}: set requires_grad=False there")
+        check_used([name for name in trainable if name not in used])
         self.values = {node: self._value(node) for node in self.nodes if self._is_value(node)}
         self._check()
 
@@ -228,16 +228,17 @@ class Builder:
 
         return Region(self.values[last], inputs, function)
 
-    def build(self) -> Graph:
+    def build(self, separate_biases: bool = False) -> Graph:
+        """separate_biases: a bias is not reduced together with its weight, so that it can have another damping."""
         affine = {node: found for node in self.values if (found := self._affine(node)) is not None}
         uses: dict[str, int] = dict.fromkeys(self.parameters, 0)
         for node in self.nodes:
             if node.op == "get_attr" and (name := self._parameter(node)) is not None:
                 uses[name] += sum(2 for user in node.users if user in self.tangent and user not in affine)
         for arguments in affine.values():
-            for item in (arguments.weight, arguments.bias):
+            for item, count in ((arguments.weight, 1), (arguments.bias, 2 if separate_biases else 1)):
                 if (name := self._parameter(item)) is not None:
-                    uses[name] += 1
+                    uses[name] += count
         plain = [x for x in self.values if x.op != "get_attr" and x not in affine]
         kinds = {node: kind_of(self.region(node, {node}), self._inputs({node})) for node in plain}
         groups = self._merged(plain, kinds)

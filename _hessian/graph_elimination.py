@@ -22,7 +22,7 @@ from torch import Tensor
 from _hessian.costs import factor_operations
 from _hessian.graph import Value
 from _hessian.layers import NotPositiveDefinite, SingularHessianError
-from _hessian.operations import Affine, Elementwise, Operation, RegionOperation
+from _hessian.operations import Affine, Elementwise, Operation
 from _hessian.symmetric_factor import BLOCK, SymmetricFactor, factor_symmetric, mirror, subtract_gram
 
 
@@ -60,17 +60,6 @@ class Program(NamedTuple):
             for value in born:
                 live.pop(value)
         return operations, max(peak, kept)
-
-    def wrong_derivative(self) -> str | None:
-        """The operation whose derivatives differ from a double backward without vmap, along random directions."""
-        for operation in self.operations:
-            if isinstance(operation, RegionOperation) and (error := operation.derivative_error()) > 1e-7:
-                names = ", ".join(value.name for value in operation.inputs)
-                return (
-                    f"torch's derivatives of {operation.output.name}, from {names}, are off by {error:.1e}. Please "
-                    "report the operation; until then write it with other functions of torch"
-                )
-        return None
 
 
 class State:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from _hessian.factorization import Factor
 from _hessian.graph import Builder
 from _hessian.graph_elimination import GraphSweep, Program
 from _hessian.layers import Damping, TrackedBatch
+from _hessian.operations import Affine
 from _hessian.program import Products, StateProducts, make_program
 from _hessian.settings import Settings, dampings
 from _hessian.trace import Traced, check_modules, trace
@@ -131,7 +132,7 @@ class TrackedNetwork(nn.Module):
 class _Kept:
     """What is made when it is first asked for."""
 
-    program: Program | None = None
+    programs: dict[bool, Program] = field(default_factory=dict)  # by `separate_biases`
     builder: Builder | None = None
     products: Products | None = None
     states: StateProducts | None = None
@@ -163,11 +164,21 @@ class Network(NamedTuple):
 
     @property
     def program(self) -> Program:
-        if self.kept.program is None:
-            self.kept.program, self.kept.builder = make_program(
-                self.traced, self.inputs, self.parameters, self.loss, self.gauss_newton, self.state_damping
+        return self._make_program(False)
+
+    def _make_program(self, separate_biases: bool) -> Program:
+        if separate_biases not in self.kept.programs:
+            program, self.kept.builder = make_program(
+                self.traced,
+                self.inputs,
+                self.parameters,
+                self.loss,
+                self.gauss_newton,
+                self.state_damping,
+                separate_biases,
             )
-        return self.kept.program
+            self.kept.programs[separate_biases] = program
+        return self.kept.programs[separate_biases]
 
     def product(self, v: Tensor) -> Tensor:
         if self.kept.products is None:
@@ -193,33 +204,31 @@ class Network(NamedTuple):
         product = 12 * sum(x.pull_back_cost for x in self.program.operations)
         return {
             "sweep": RouteCost(operations, 4 * numbers, 8 * numbers),
-            "dense": RouteCost(P * product + factor_operations(P), 2 * P * P, 8 * 3 * P * P),
+            "dense": RouteCost(P * product + factor_operations(P), 2 * P * P, self._dense_bytes()),
         }
 
+    def _dense_bytes(self) -> float:
+        return 24 * self.num_parameters**2  # H, its factor, and temporaries
+
     def choose_route(self, settings: Settings, *, formed: bool, may_mix: bool) -> str:
-        unsupported = [
-            name
-            for name, chosen in (
-                ("route='gram'", settings.route == "gram"),
-                ("precision='mixed'", settings.precision == "mixed"),
-                ("checkpoint_layers=True", settings.checkpoint_layers),
-            )
-            if chosen
-        ]
-        if unsupported:
-            raise ValueError(
-                f"{' and '.join(unsupported)} is for DeepMLPWithTracking: leave it out for a TrackedNetwork"
-            )
-        costs = self.costs()
+        options = {
+            "route='gram'": settings.route == "gram",
+            "precision='mixed'": settings.precision == "mixed",
+            "checkpoint_layers=True": settings.checkpoint_layers,
+        }
+        if chosen := [name for name, is_chosen in options.items() if is_chosen]:
+            raise ValueError(f"{' and '.join(chosen)} is for DeepMLPWithTracking: leave it out for a TrackedNetwork")
         route = settings.route
         if route == "auto":
+            costs = self.costs()
             route = min(costs, key=lambda name: costs[name].operations)
-        needed, free = costs[route].bytes / (2 if formed and route == "dense" else 1), free_bytes(self.device)
+        dense = self._dense_bytes() / (2 if formed else 1)
+        needed, free = dense if route == "dense" else self.costs()[route].bytes, free_bytes(self.device)
         if needed > free:
-            fits = [f"route={name!r}" for name, cost in costs.items() if name != route and cost.bytes <= free]
+            fits = ["route='dense'"] if route == "sweep" and dense <= free else []
             raise MemoryError(
                 f"the factorization by route={route!r} needs {needed / 1e9:.3g} GB, and {self.device} has "
-                f"{free / 1e9:.3g} GB free. What fits: {'; '.join([*fits, 'fewer samples', 'frozen parameters'])}"
+                f"{free / 1e9:.3g} GB free. What may fit: {'; '.join([*fits, 'fewer samples', 'frozen parameters'])}"
             )
         return route
 
@@ -232,11 +241,14 @@ class Network(NamedTuple):
             vector = self.damping_vector(settings.damping)
             return factor_dense(H.clone(), vector, settings.damping, definite_only), H
         epsilons = dict(zip(self.parameters, settings.epsilons(len(self.parameters)), strict=True))
+        separate = any(
+            len({epsilons[name] for name in operation.parameters}) > 1
+            for operation in self.program.operations
+            if isinstance(operation, Affine)
+        )
         solvable = settings.keep == "solve"
-        return GraphSweep(self.program, epsilons, definite_only=definite_only, solvable=solvable), None
-
-    def wrong_derivative(self) -> str | None:
-        return None if self.kept.program is None else self.kept.program.wrong_derivative()
+        program = self._make_program(separate)
+        return GraphSweep(program, epsilons, definite_only=definite_only, solvable=solvable), None
 
 
 def network_system(model: TrackedNetwork, loss: Tensor, curvature: str, state_damping: float) -> Network:

@@ -548,6 +548,6 @@ def _window(m: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-def linearize(region: Region, tensors: Sequence[Tensor], beta: Tensor) -> Operation:
+def linearize(region: Region, tensors: Sequence[Tensor], beta: Tensor) -> RegionOperation:
     kind = {"elementwise": Elementwise, "linear": Linear, "general": General}[kind_of(region, tensors)]
     return kind(region, tensors, beta)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from _hessian.argument_checks import check_used
 from _hessian.graph import AffineNode, Builder, Value
 from _hessian.graph_elimination import Program
 from _hessian.operations import Affine, Operation, linearize, transposed_jacobian
@@ -21,10 +22,14 @@ def make_program(
     loss: Callable[[Tensor], Tensor],
     gauss_newton: bool,
     state_damping: float = 0.0,
+    separate_biases: bool = False,
 ) -> tuple[Program, Builder]:
-    """loss: outputs (N, …) ↦ the mean loss, in float64. trainable: names and sizes of the parameters."""
+    """loss: outputs (N, …) ↦ the mean loss, in float64. trainable: names and sizes of the parameters.
+
+    Raises ArithmeticError where torch's derivatives of an operation, under vmap, are not those of a double backward.
+    """
     builder = Builder(traced, inputs, list(trainable))
-    graph = builder.build()
+    graph = builder.build(separate_biases)
     betas = builder.adjoints(loss)
     operations: list[Operation] = []
     for node in graph.operations:
@@ -33,7 +38,14 @@ def make_program(
         if isinstance(node, AffineNode):
             operations.append(Affine(node, beta))
         else:
-            operations.append(linearize(node, [graph.tensors[x] for x in node.inputs], beta))
+            region = linearize(node, [graph.tensors[x] for x in node.inputs], beta)
+            if (error := region.derivative_error()) > 1e-7:
+                names = ", ".join(value.name for value in node.inputs)
+                raise ArithmeticError(
+                    f"torch's derivatives of {node.output.name}, from {names}, are off by {error:.1e}. Please report "
+                    "the operation; until then write it with other functions of torch, or use route='dense'"
+                )
+            operations.append(region)
     born: list[list[Value]] = [[] for _ in operations]
     seen: set[Value] = set()
     for index, operation in enumerate(operations):
@@ -66,6 +78,9 @@ class Products:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the CPU's flash kernel has no second derivative
             outputs = net(*inputs)
             total = loss(outputs)
+            names = [name for name, p in net.named_parameters() if p.requires_grad]
+            used = torch.autograd.grad(total, self._parameters, retain_graph=True, allow_unused=True)
+            check_used([name for name, g in zip(names, used, strict=True) if g is None])
             self._map = _JacobianProducts(outputs, self._parameters) if gauss_newton else None
             self._of = [outputs] if gauss_newton else self._parameters
             self._gradient = torch.autograd.grad(total, self._of, create_graph=True, allow_unused=True)
