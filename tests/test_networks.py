@@ -62,7 +62,7 @@ SLOW = ("gpt", "gpt, tied", "gpt, half frozen")
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in EXAMPLES]
 )
 def test_exact_for_every_kind_of_network(name):
-    """Products, solves, inertia, determinant; both curvatures, both routes, ε from 1 to 1e-6 and below 0; state damping."""
+    """Solves, inertia, determinant; both curvatures, both routes, ε from 1 to 1e-6 and below 0; and state damping."""
     model, x, y, loss = tracked(name)
     H = oracle(model, x, y)
     identity, v = torch.eye(len(H), dtype=torch.float64), random_vector(len(H), 2)
