@@ -8,7 +8,7 @@ an affine one has parameters beside it (`Affine`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -349,7 +349,7 @@ class Affine:
 
     def _unfolded(self, z: Tensor) -> Tensor:
         z = z.unsqueeze(-2) if isinstance(self.module, nn.Conv1d) else z
-        return F.unfold(z, **_window(self.module))
+        return F.unfold(z, *_window(self.module))
 
     def to_rows(self, p: Tensor) -> Tensor:
         """Of the output (k, n_o): (k, G, N T, a)."""
@@ -372,7 +372,7 @@ class Affine:
         assert self.z is not None
         u = u.unflatten(2, (self.output.num_samples, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3)  # (k, N, C·kernel, T)
         size = self.z.shape[2:] if isinstance(self.module, nn.Conv2d) else (1, self.z.shape[2])
-        return F.fold(u.flatten(0, 1), size, **_window(self.module)).reshape(len(u), -1)
+        return F.fold(u.flatten(0, 1), size, *_window(self.module)).reshape(len(u), -1)
 
     def unfold_tangent(self, t: Tensor) -> Tensor:
         """z's change (k, n_z) in rows: (k, G, N T, width)."""
@@ -531,21 +531,28 @@ class Affine:
         return found + ([bias.flatten(1)] if bias.shape[3] else [])
 
 
-def _window(m: nn.Module) -> dict[str, tuple[int, int]]:
-    """What F.unfold and F.fold need of a convolution; one of sequences has height 1."""
+class _Window(NamedTuple):
+    """A convolution's, in the order of the arguments of F.unfold and F.fold. One of sequences has height 1."""
+
+    kernel_size: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[int, int]
+    stride: tuple[int, int]
+
+
+def _window(m: nn.Module) -> _Window:
     assert isinstance(m, nn.Conv1d | nn.Conv2d)
     if m.padding_mode != "zeros":
         raise ValueError(f"a convolution with padding_mode={m.padding_mode!r} is not supported: use F.pad before it")
     total = [d * (k - 1) for d, k in zip(m.dilation, m.kernel_size, strict=True)]
     if m.padding == "same" and any(x % 2 for x in total):
         raise ValueError("a convolution with padding='same' and an even kernel is not supported: use F.pad before it")
-    padding = m.padding if not isinstance(m.padding, str) else [x // 2 * (m.padding == "same") for x in total]
-    settings = {"kernel_size": m.kernel_size, "dilation": m.dilation, "padding": padding, "stride": m.stride}
-    first = {"padding": 0}
-    return {
-        name: tuple(x) if len(x) == 2 else (first.get(name, 1), x[0])  # type: ignore[misc]
-        for name, x in settings.items()
-    }
+    padding = [x // 2 * (m.padding == "same") for x in total] if isinstance(m.padding, str) else m.padding
+
+    def pair(x: Sequence[int], height: int) -> tuple[int, int]:
+        return (height, x[0]) if len(x) == 1 else (x[0], x[1])
+
+    return _Window(pair(m.kernel_size, 1), pair(m.dilation, 1), pair(padding, 0), pair(m.stride, 1))
 
 
 def linearize(region: Region, tensors: Sequence[Tensor], beta: Tensor) -> RegionOperation:
