@@ -124,6 +124,7 @@ def saturated(scale: float) -> tuple[DeepMLPWithTracking, Tensor]:
     return model, model(x, y, track_activations=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["gram", "sweep", "dense"])
 def test_inertia_that_rounding_decides_is_an_error(route):
     """JᵀΛJ + εI is positive definite, or far from its rounding it is an error: never a count that can't be."""

@@ -135,6 +135,7 @@ def test_checkpointed_layers(batch):
             assert direct <= 2.05 * once
 
 
+@pytest.mark.slow
 def test_costs_are_estimated_within_ten_percent():
     """Operations against those counted, of every route."""
     cases = (

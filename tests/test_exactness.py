@@ -71,6 +71,7 @@ def test_exact_on_the_grid(case):
                 assert error <= 1e-14 * condition + 1e-12 * size
 
 
+@pytest.mark.slow
 def test_the_grid_is_indefinite():
     """At most points H + εI has negative eigenvalues, so that the grid tests what Cholesky can't do."""
     negative = 0
@@ -113,6 +114,7 @@ def test_undamped_on_the_gradient(case):
         assert relative(x - pseudo_inverse, pseudo_inverse) <= 1e-6
 
 
+@pytest.mark.slow
 def test_undamped_solves_are_few():
     """One factorization and a dozen sweeps where the spectrum has a gap; deep nets, which have a continuum of tiny
     eigenvalues, are solved too, at a second, smaller shift."""
@@ -175,6 +177,7 @@ STATE_CASES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", STATE_CASES, ids=case_id)
 def test_state_damping(case):
     """H + εI + (μ/N) Σ S_ℓᵀS_ℓ against its dense matrix: products, solves, certificates, inertia, determinant."""
@@ -334,6 +337,7 @@ def test_closed_form_derivatives(activation):
     assert (phi.second(h) - second).abs().max() <= 1e-14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("batch", [3, 15])
 def test_every_way_to_factor(curvature, batch):

@@ -173,9 +173,9 @@ def test_sequence_of_layer_derivatives():
     assert torch.allclose(torch.cat(blocks), g, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("residual", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_initialization_keeps_signal_and_gradient(activation, residual, bias):
     """The spread over the samples of z_ℓ and of β_ℓ stays within a factor of 100 from layer 1 to layer 40."""
     for width, seed in ((64, 0), (64, 1), (32, 2), (128, 3)):

@@ -214,6 +214,7 @@ def test_steps_along_negative_curvature_are_no_secants(monkeypatch):
     assert set(seen) == {0}
 
 
+@pytest.mark.slow
 def test_a_deep_minimum_takes_few_factorizations(monkeypatch):
     """Without the quasi-Newton steps it takes at least twice as many."""
 

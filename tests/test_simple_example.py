@@ -36,6 +36,7 @@ def write_small_cifar10(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": checksum})
 
 
+@pytest.mark.slow
 def test_demo_on_cifar10_and_its_failures(tmp_path, monkeypatch, capsys):
     data, out = tmp_path / "data", tmp_path / "out"
     flags = ["--data-dir", str(data), "--out-dir", str(out), "--seconds", "2", "--steps", "2", "--samples", "30"]

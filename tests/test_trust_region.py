@@ -258,6 +258,7 @@ def test_interior_step_is_newtons():
         assert relative(step.step + torch.linalg.solve(d.A, d.gradient), step.step) <= 1e-4
 
 
+@pytest.mark.slow
 def test_tighter_proof():
     problem = PROBLEMS[10]
     d = dense(problem)
@@ -323,6 +324,7 @@ def test_rounding_near_zero(monkeypatch):
 # ------------------------------------------------------------------------------------------------------ interface
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("mu", [0.0, 0.5])
 def test_modified_curvature(curvature, mu):
@@ -372,6 +374,7 @@ def test_wrong_input():
 # ---------------------------------------------------------------------------------- factorizations that stop early
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [p.case for p in PROBLEMS[:8]] + [Case((6,), 2, classes=40, inputs=30)], ids=case_id)
 def test_definite_factorizations(case):
     """Where A + εI is definite, the factorization that an early stop doesn't change; else the share that was done."""
