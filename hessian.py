@@ -614,7 +614,7 @@ class _Sweep:
             pull, free = coupled[index], outside[index]
             if pull is not None and free is not None:
                 if pivot.carried is not None and pivot.carried.outside is not None:
-                    pull, of_outside = pivot.carried.outside.split(layer, V[index], free)
+                    pull, of_outside = pivot.carried.outside.split_right_hand_side(layer, V[index], free)
                     p_carried = of_outside if p_carried is None else torch.cat([p_carried, of_outside], 1)
                 below = torch.add(below, pull, alpha=1 / self.epsilons[index])
             p = below

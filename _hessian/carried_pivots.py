@@ -99,7 +99,7 @@ class CarriedOutside(NamedTuple):
         """The numbers in Z."""
         return self.left.shape[1] * self.basis.shape[1]
 
-    def split(self, layer: LayerDerivatives, V: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
+    def split_right_hand_side(self, layer: LayerDerivatives, V: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
         """For the right-hand side V (k, a, d) and V⊥: λ(I − UUᵀ)V⊥ (k, N, a′) of the parts that are not carried, and
         the linear term −UᵀV Q⊥ in Z (k, j (d − r))."""
         U, free = self.left, outside[:, :, : layer.weight.shape[1]]

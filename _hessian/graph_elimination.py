@@ -254,7 +254,7 @@ class GraphSweep:
                     _add(p, value, part)
             if step.own is not None and isinstance(operation, Affine):
                 V = operation.block([pieces[name] for name in operation.parameters])  # (k, G, a, d)
-                inside, outside = _split(operation, V)
+                inside, outside = _split_right_hand_side(operation, V)
                 q = -inside if p_o is None else operation.to_parameters(p_o) - inside
                 own, back = step.own.backward(q)
                 for value, part in back.items():
@@ -284,7 +284,7 @@ class GraphSweep:
             if step.own is not None and own is not None and isinstance(operation, Affine):
                 y = step.own.forward(own, t)
                 out = out + operation.from_parameters(y)
-                X = _assemble(operation, y, outside, t, self._epsilon(operation.parameters))
+                X = _assemble_solution(operation, y, outside, t, self._epsilon(operation.parameters))
                 found |= dict(zip(operation.parameters, operation.pieces(X), strict=True))
             t[operation.output] = out
         return torch.cat([found[name] for name in self.program.parameters], 1).mT
@@ -294,7 +294,7 @@ def _add(p: dict[Value, Tensor], value: Value, part: Tensor) -> None:
     p[value] = p[value] + part if value in p else part
 
 
-def _split(operation: Affine, V: Tensor) -> tuple[Tensor, Tensor | None]:
+def _split_right_hand_side(operation: Affine, V: Tensor) -> tuple[Tensor, Tensor | None]:
     """For V (k, G, a, d): (V Q)ᵀ as (k, m), and V⊥ (k, G, a, d) or None for 0."""
     if operation.Q is None:
         return V.mT.flatten(1), None
@@ -302,7 +302,7 @@ def _split(operation: Affine, V: Tensor) -> tuple[Tensor, Tensor | None]:
     return within.mT.flatten(1), V - within @ operation.Q.mT
 
 
-def _assemble(
+def _assemble_solution(
     operation: Affine, y: Tensor, outside: Tensor | None, t: Mapping[Value, Tensor], epsilon: float
 ) -> Tensor:
     """X = Y Qᵀ + X⊥ (k, G, a, d)."""

@@ -35,7 +35,7 @@ class ManyClassPivot(NamedTuple):
     carried: Carried | None = None  # nothing is
 
     @classmethod
-    def form(cls, layer: LayerDerivatives, basis: Tensor | None, reduced: Tensor, damping: float) -> ManyClassPivot:
+    def factored(cls, layer: LayerDerivatives, basis: Tensor | None, reduced: Tensor, damping: float) -> ManyClassPivot:
         if basis is None:
             basis = torch.eye(reduced.shape[1], dtype=reduced.dtype, device=reduced.device)
         root = layer.loss_hessian.diagonal.mT.sqrt()[:, :, None]  # (C, N, 1) A_c^½
@@ -117,7 +117,7 @@ def eliminate_many_classes(layer: LayerDerivatives, reduced: Reduced, epsilon: f
     """The output layer's, by the structure that its pivot has with many classes."""
     if epsilon == 0 and layer.loss_hessian.zero_sum:
         raise singular_pivot(index, epsilon, "the same row added to the weights of every class changes nothing")
-    pivot = ManyClassPivot.form(layer, reduced.basis, reduced.rows, epsilon)
+    pivot = ManyClassPivot.factored(layer, reduced.basis, reduced.rows, epsilon)
     P = output_cost_to_go(layer) if index else None
     if P is not None:
         pivot.reduce(P)

@@ -75,7 +75,7 @@ def delete(tree: dict, key: object) -> None:
     del tree[key]
 
 
-def put(value: object) -> Callable[[dict, Any], None]:
+def replace_by(value: object) -> Callable[[dict, Any], None]:
     def change(tree: dict, key: object) -> None:
         tree[key] = value
 
@@ -92,9 +92,9 @@ def damaged_states(state: dict, rng: random.Random) -> Iterator[tuple[str, dict]
         for name in rng.sample(weights, 2):
             p = state["model"][name]
             yield flag, changed(state, ("model", name), delete)
-            yield flag, changed(state, ("model", "layers.9.weight"), put(p))
+            yield flag, changed(state, ("model", "layers.9.weight"), replace_by(p))
             for other in (p.flatten()[:-1], p[None], p.double(), p * float("nan"), p.to_sparse(), None, 3):
-                yield flag, changed(state, ("model", name), put(other))
+                yield flag, changed(state, ("model", name), replace_by(other))
         prefixed = {f"module.{name}": p for name, p in state["model"].items()}
         yield flag, {**state, "model": prefixed}
         yield flag, {**state, "model": list(state["model"].values())}
@@ -103,12 +103,12 @@ def damaged_states(state: dict, rng: random.Random) -> Iterator[tuple[str, dict]
         for value in ABSURD:
             yield flag, {**state, "classes": value}
             yield flag, {**state, "config": value}
-            yield flag, changed(state, ("config", rng.choice(NETWORK)), put(value if value is not True else 2))
+            yield flag, changed(state, ("config", rng.choice(NETWORK)), replace_by(value if value is not True else 2))
         for name in NETWORK:
             yield flag, changed(state, ("config", name), delete)
         for name in ("num_layers", "hidden_dim", "image_size"):
             for value in (0, -1, 10**7, 10**12):
-                yield flag, changed(state, ("config", name), put(value))
+                yield flag, changed(state, ("config", name), replace_by(value))
     for name in MUST_MATCH:
         yield "--resume", changed(state, ("config", name), delete)
     for part in ("step", "progress"):
@@ -118,13 +118,13 @@ def damaged_states(state: dict, rng: random.Random) -> Iterator[tuple[str, dict]
         for path in rng.sample(paths, min(len(paths), 12)):
             yield "--resume", changed(state, path, delete)
             value = rng.choice(ABSURD[:5] if "newton" in path else ABSURD[:-1])
-            yield "--resume", changed(state, path, put(value))
+            yield "--resume", changed(state, path, replace_by(value))
     row = {**state["progress"]["history"][0], "top1": "text"}
     histories: tuple[Any, ...] = ([], [{}], [row], "text", state["progress"]["history"] * 2)
     for history in histories:
-        yield "--resume", changed(state, ("progress", "history"), put(history))
+        yield "--resume", changed(state, ("progress", "history"), replace_by(history))
     for batch in (-1, 7, 10**30, 0.5):
-        yield "--resume", changed(state, ("progress", "batch"), put(batch))
+        yield "--resume", changed(state, ("progress", "batch"), replace_by(batch))
 
 
 class Code:

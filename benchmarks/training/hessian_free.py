@@ -41,7 +41,7 @@ class HessianFree:
         probabilities = None if flat.model.loss == "mse" else logits.detach().softmax(1)
 
         def product(v: Tensor) -> Tensor:
-            (s,) = torch.autograd.grad(transposed, u, flat.split(v), retain_graph=True)
+            (s,) = torch.autograd.grad(transposed, u, flat.parameter_pieces(v), retain_graph=True)
             if probabilities is None:
                 s = 2 * s / s.numel()
             else:

@@ -74,11 +74,11 @@ class FlatModel:
         self.theta = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in self.parameters]))
         self.gradient = torch.zeros_like(self.theta)
         self.theta.grad = self.gradient
-        values, gradients = self.split(self.theta.data), self.split(self.gradient)
+        values, gradients = self.parameter_pieces(self.theta.data), self.parameter_pieces(self.gradient)
         for p, value, gradient in zip(self.parameters, values, gradients, strict=True):
             p.data, p.grad = value, gradient
 
-    def split(self, v: Tensor) -> list[Tensor]:
+    def parameter_pieces(self, v: Tensor) -> list[Tensor]:
         sizes = [p.numel() for p in self.parameters]
         return [block.view_as(p) for block, p in zip(v.split(sizes), self.parameters, strict=True)]
 
