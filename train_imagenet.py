@@ -17,6 +17,7 @@ curves.png. SIGTERM and Ctrl-C end the run after the present step, with a checkp
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 
 from imagenet.main import main as run_command
@@ -28,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        code = main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    for worker in multiprocessing.active_children():
+        worker.kill()  # it ignores SIGTERM, by which Python would end it, and then wait for ever
+    sys.exit(code)
