@@ -18,6 +18,7 @@ curves.png. SIGTERM and Ctrl-C end the run after the present step, with a checkp
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import sys
 
 from imagenet.main import main as run_command
@@ -32,6 +33,7 @@ if __name__ == "__main__":
         code = main()
     except KeyboardInterrupt:
         code = 130
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch reports a worker that is killed
     for worker in multiprocessing.active_children():
         worker.kill()  # it ignores SIGTERM, by which Python would end it, and then wait for ever
     sys.exit(code)
