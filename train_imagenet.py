@@ -17,8 +17,6 @@ curves.png. SIGTERM and Ctrl-C end the run after the present step, with a checkp
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 import sys
 
 from imagenet.main import main as run_command
@@ -30,10 +28,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     try:
-        code = main()
+        sys.exit(main())
     except KeyboardInterrupt:
-        code = 130
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch reports a worker that is killed
-    for worker in multiprocessing.active_children():
-        worker.kill()  # it ignores SIGTERM, by which Python would end it, and then wait for ever
-    sys.exit(code)
+        sys.exit(130)

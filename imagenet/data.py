@@ -7,12 +7,14 @@ pictures, whatever the number of workers.
 from __future__ import annotations
 
 import argparse
+import atexit
 import hashlib
 import os
 import signal
 import stat
 import struct
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +24,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
@@ -325,7 +328,16 @@ def make_loader(images: ImageSet, batches: Batches, num_workers: int, pin_memory
         persistent_workers=num_workers > 0,
         generator=torch.Generator(),  # leaves the global generator alone
     )
+    atexit.register(end_workers, weakref.ref(loader))
     return Loader(images, batches, loader)
+
+
+def end_workers(reference: weakref.ref[DataLoader]) -> None:
+    """At exit Python ends its children by SIGTERM, which the workers ignore, and would wait for them for ever."""
+    loader = reference()
+    iterator = None if loader is None else loader._iterator
+    if isinstance(iterator, _MultiProcessingDataLoaderIter):
+        iterator._shutdown_workers()
 
 
 def available_cores() -> int:

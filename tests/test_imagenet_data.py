@@ -6,6 +6,8 @@ import os
 import resource
 import socket
 import struct
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from imagenet.data import Bad, DataError, Images, open_data, read_image
+from tests.oracles import HERE
 
 
 def save(path: Path, pixels: np.ndarray) -> Path:
@@ -185,3 +188,16 @@ def test_a_decompression_bomb_is_a_bad_image(tree, shape):
         image.save(tree / "train" / "a" / "9.png")
     bad = opened(tree)[0][0, 1]
     assert isinstance(bad, Bad) and "DecompressionBomb" in bad.reason
+
+
+def test_workers_end_with_the_process():
+    """Also where something still refers to the loader at exit: the process must not wait for its workers for ever."""
+    code = """
+import builtins
+from imagenet.data import Batches, DummyImages, make_loader
+loader = make_loader(DummyImages(4, (3, 2, 2), 2, "train"), Batches(4, 2, 0, False, 0, 1), 1, False)
+builtins.kept = (loader, iter(loader.loader))
+print(len(list(builtins.kept[1])))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2\n", "")
