@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from _hessian import operations
 from _hessian.trace import layer_norm
+from benchmarks.example_networks import EXAMPLES, DenselyConnected, TwoInputs, build
 from hessian import (
     DeepMLPWithTracking,
     TrackedNetwork,
@@ -21,7 +22,6 @@ from hessian import (
     hessian_inverse_vector_product,
     hessian_vector_product,
 )
-from tests.networks import EXAMPLES, DenselyConnected, TwoInputs, build
 from tests.oracles import dense_residual, random_vector, relative
 
 

@@ -1,9 +1,11 @@
-"""Small networks of many kinds, for the tests of `TrackedNetwork`: float64, in eval mode."""
+"""Networks of many kinds, in float64 and eval mode: for the tests of `TrackedNetwork`, and for `benchmark.py networks`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,11 +16,11 @@ from torch import Tensor, nn
 class Block(nn.Module):
     """A transformer's, with causal attention."""
 
-    def __init__(self, width: int, heads: int, fused: bool):
+    def __init__(self, width: int, heads: int, hidden: int, fused: bool):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.expand, self.contract = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.expand, self.contract = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.heads, self.fused = heads, fused
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,11 +38,24 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, tied: bool = False, fused: bool = True, blocks: int = 2, width: int = 4, tokens: int = 3):
+    """Tokens (N, T) to the logits of the next ones (N, T, vocabulary)."""
+
+    def __init__(
+        self,
+        blocks: int = 2,
+        width: int = 4,
+        heads: int = 2,
+        tokens: int = 3,
+        vocabulary: int = 5,
+        *,
+        expansion: int = 2,
+        tied: bool = False,
+        fused: bool = True,
+    ):
         super().__init__()
-        self.embed, self.positions = nn.Embedding(5, width), nn.Parameter(0.3 * torch.randn(tokens, width))
-        self.blocks = nn.ModuleList(Block(width, 2, fused) for _ in range(blocks))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 5, bias=False)
+        self.embed, self.positions = nn.Embedding(vocabulary, width), nn.Parameter(0.3 * torch.randn(tokens, width))
+        self.blocks = nn.ModuleList(Block(width, heads, expansion * width, fused) for _ in range(blocks))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
         if tied:
             self.head.weight = self.embed.weight
 
@@ -108,8 +123,7 @@ class Residual(nn.Module):
         self.conv2, self.norm2 = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
         self.shortcut, self.relu, self.out = nn.Conv2d(2, 3, 1, stride=2), nn.ReLU(inplace=True), nn.Linear(3, 3)
         for norm in (self.norm1, self.norm2):
-            norm.running_mean.normal_()
-            norm.running_var.uniform_(0.5, 2)
+            norm.running_mean, norm.running_var = torch.randn(3), 0.5 + 1.5 * torch.rand(3)
             nn.init.normal_(norm.weight, 1, 0.3)
             nn.init.normal_(norm.bias)
 
@@ -193,8 +207,8 @@ EXAMPLES: dict[str, Example] = {
     "lenet": Example(lenet, (1, 8, 8), 3),
     "residual": Example(Residual, (2, 6, 6), 3),
     "gpt": Example(GPT, (3,), 5, 2),
-    "gpt, tied": Example(lambda: GPT(tied=True), (3,), 5, 2),
-    "gpt, written out": Example(lambda: GPT(fused=False, blocks=1), (3,), 5, 1),
+    "gpt, tied": Example(partial(GPT, tied=True), (3,), 5, 2),
+    "gpt, written out": Example(partial(GPT, 1, fused=False), (3,), 5, 1),
     "gpt, half frozen": Example(half_frozen, (3,), 5, 2),
     "recurrent": Example(Recurrent, (8, 3), 3),
     "densely connected": Example(DenselyConnected, (4,), 3, 6),
