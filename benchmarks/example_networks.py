@@ -1,5 +1,4 @@
-"""Networks of many kinds, in float64 and eval mode: for the tests of `TrackedNetwork`, and for `benchmark.py networks`.
-"""
+"""Networks of many kinds, in float64 and eval mode: for tests of `TrackedNetwork`, and for `benchmark.py networks`."""
 
 from __future__ import annotations
 
