@@ -299,7 +299,7 @@ class Affine:
     """
 
     def __init__(self, node: AffineNode, beta: Tensor):
-        self.output, self.module, self.weight = node.output, node.module, node.weight
+        self.output, self.module, self.weight = node.output, node.module, node.weight.detach()
         self.z = node.inputs
         weight_value, bias_value = node.live
         self.inputs = tuple(x for x in (node.inputs, weight_value, bias_value) if x is not None)
@@ -307,7 +307,7 @@ class Affine:
         self.groups = getattr(node.module, "groups", 1)
         self.rows = self._unfold(node.z)  # (G, N T, width)
         self.adjoint = self.to_rows(node.output.flatten(beta[None]))[0]  # λ (G, N T, a)
-        self.weights = self._grouped(node.weight)  # (G, a, width)
+        self.weights = self._grouped(self.weight)  # (G, a, width)
         self.width = self.rows.shape[2] if node.reduced[0] is not None else 0  # of W in X
         ones = self.rows.new_ones(*self.rows.shape[:2], 1)
         parts = [self.rows] * (node.reduced[0] is not None) + [ones] * (node.reduced[1] is not None)

@@ -10,28 +10,38 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
+
+
+class WrittenLayerNorm(nn.LayerNorm):
+    """nn.LayerNorm by elementary functions, whose second derivatives torch has right under vmap and forward mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps) * self.weight + self.bias
 
 
 class Block(nn.Module):
-    """A transformer's, with causal attention."""
+    """A transformer's, with causal attention. written_out: norms and attention by elementary functions."""
 
-    def __init__(self, width: int, heads: int, hidden: int, fused: bool):
+    def __init__(self, width: int, heads: int, hidden: int, written_out: bool):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        norm = WrittenLayerNorm if written_out else nn.LayerNorm
+        self.norm1, self.norm2 = norm(width), norm(width)
         self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.expand, self.contract = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.heads, self.fused = heads, fused
+        self.heads, self.written_out = heads, written_out
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
         q, k, v = (z.view(B, T, self.heads, width // self.heads).transpose(1, 2) for z in (q, k, v))
-        if self.fused:
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
+        if self.written_out:
             later = ~torch.ones(T, T, dtype=torch.bool).tril()
             scores = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).masked_fill(later, -math.inf)
             attended = scores.softmax(-1) @ v
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.project(attended.transpose(1, 2).reshape(B, T, width))
         return x + self.contract(F.gelu(self.expand(self.norm2(x))))
 
@@ -49,12 +59,13 @@ class GPT(nn.Module):
         *,
         expansion: int = 2,
         tied: bool = False,
-        fused: bool = True,
+        written_out: bool = False,
     ):
         super().__init__()
         self.embed, self.positions = nn.Embedding(vocabulary, width), nn.Parameter(0.3 * torch.randn(tokens, width))
-        self.blocks = nn.ModuleList(Block(width, heads, expansion * width, fused) for _ in range(blocks))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+        self.blocks = nn.ModuleList(Block(width, heads, expansion * width, written_out) for _ in range(blocks))
+        self.norm = WrittenLayerNorm(width) if written_out else nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
         if tied:
             self.head.weight = self.embed.weight
 
@@ -132,6 +143,31 @@ class Residual(nn.Module):
         return self.out(F.silu(y).mean((2, 3)))
 
 
+class ResNet(nn.Module):
+    """Residual blocks of two 3 × 3 convolutions with GroupNorm, from grey images (N, 1, H, W)."""
+
+    def __init__(self, blocks: int, width: int, classes: int):
+        super().__init__()
+        self.stem, self.out = nn.Conv2d(1, width, 3, padding=1), nn.Linear(width, classes)
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.GroupNorm(2, width),
+                nn.GELU(),
+                nn.Conv2d(width, width, 3, padding=1),
+                nn.GroupNorm(2, width),
+                nn.GELU(),
+                nn.Conv2d(width, width, 3, padding=1),
+            )
+            for _ in range(blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for branch in self.branches:
+            x = x + branch(x)
+        return self.out(F.gelu(x).mean((2, 3)))
+
+
 class Grouped(nn.Module):
     """Depthwise, grouped and dilated convolutions."""
 
@@ -164,6 +200,16 @@ class TwoInputs(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         a, b = torch.tanh(self.a(x)), torch.sigmoid(self.b(y))
         return self.out(torch.cat([a * b, a - b, x[:, :3] * y[:, 1:4]], 1))
+
+
+def vision_transformer(
+    layers: int = 1, width: int = 4, heads: int = 2, image: int = 4, patch: int = 2, classes: int = 3
+) -> nn.Module:
+    """torchvision's, with a random output layer and class token, which are 0 there."""
+    net = VisionTransformer(image, patch, layers, heads, width, 2 * width, num_classes=classes)
+    net.heads = nn.Sequential(nn.Linear(width, classes))
+    nn.init.normal_(net.class_token)
+    return net
 
 
 def lenet() -> nn.Module:
@@ -207,8 +253,9 @@ EXAMPLES: dict[str, Example] = {
     "residual": Example(Residual, (2, 6, 6), 3),
     "gpt": Example(GPT, (3,), 5, 2),
     "gpt, tied": Example(partial(GPT, tied=True), (3,), 5, 2),
-    "gpt, written out": Example(partial(GPT, 1, fused=False), (3,), 5, 1),
+    "gpt, written out": Example(partial(GPT, 1, written_out=True), (3,), 5, 1),
     "gpt, half frozen": Example(half_frozen, (3,), 5, 2),
+    "vision transformer": Example(vision_transformer, (3, 4, 4), 3, 2),
     "recurrent": Example(Recurrent, (8, 3), 3),
     "densely connected": Example(DenselyConnected, (4,), 3, 6),
     "autoencoder": Example(Autoencoder, (6,), (6,), 5, "mse"),
@@ -230,8 +277,8 @@ def build(example: Example, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
         torch.manual_seed(seed)
         net = example.make().double().eval()
         over_tokens = isinstance(net, GPT)
-        if over_tokens:
-            x = torch.randint(5, (example.batch, *example.shape))
+        if isinstance(net, GPT):
+            x = torch.randint(net.embed.num_embeddings, (example.batch, *example.shape))
         else:
             x = torch.randn(example.batch, *example.shape, dtype=torch.float64)
         if isinstance(example.outputs, tuple):
