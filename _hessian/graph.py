@@ -109,7 +109,8 @@ class Builder:
         for node in nodes:
             depends = any(name in self.parameters for name in self._brought_in(node))
             depends = depends or not self.tangent.isdisjoint(node.all_input_nodes)
-            if depends and node.target != "detach":
+            is_constant = node.target == "detach" or isinstance(self.results[node], int | float | torch.Size)
+            if depends and not is_constant:
                 self.tangent.add(node)
         needed, todo = {self.output}, [self.output]
         while todo:

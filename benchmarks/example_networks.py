@@ -253,7 +253,7 @@ EXAMPLES: dict[str, Example] = {
     "residual": Example(Residual, (2, 6, 6), 3),
     "gpt": Example(GPT, (3,), 5, 2),
     "gpt, tied": Example(partial(GPT, tied=True), (3,), 5, 2),
-    "gpt, written out": Example(partial(GPT, 1, written_out=True), (3,), 5, 1),
+    "gpt, written out": Example(partial(GPT, 1, tokens=4, written_out=True), (4,), 5, 1),
     "gpt, half frozen": Example(half_frozen, (3,), 5, 2),
     "vision transformer": Example(vision_transformer, (3, 4, 4), 3, 2),
     "recurrent": Example(Recurrent, (8, 3), 3),

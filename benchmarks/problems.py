@@ -6,27 +6,34 @@ import importlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hessian import DeepMLPWithTracking, HessianFactorization, factorize_hessian, hessian_vector_product
+from hessian import (
+    DeepMLPWithTracking,
+    HessianFactorization,
+    TrackedNetwork,
+    factorize_hessian,
+    hessian_vector_product,
+)
 
 DAMPING, RTOL = 0.1, 1e-8
 Data = tuple[Tensor, Tensor]  # inputs and targets
 Key = TypeVar("Key")
+Model = TypeVar("Model", bound=DeepMLPWithTracking | TrackedNetwork)
 
 
 class BenchmarkError(Exception):
     """The message says what is missing, and what to install or change."""
 
 
-class Problem(NamedTuple):
+class Problem(NamedTuple, Generic[Model]):
     """(H + εI) x = v at one batch."""
 
-    model: DeepMLPWithTracking
+    model: Model
     data: Data
     loss: Tensor
     v: Tensor  # (P,)
@@ -45,7 +52,7 @@ class Problem(NamedTuple):
         return hessian_vector_product(self.model, self.loss, torch.eye(len(self.v), dtype=torch.float64))
 
 
-def problem_of(model: DeepMLPWithTracking, batch: int, data: Data | None = None) -> Problem:
+def problem_of(model: DeepMLPWithTracking, batch: int, data: Data | None = None) -> Problem[DeepMLPWithTracking]:
     """Random v, and random data unless it is given, from torch's global generator."""
     x, y = torch.randn(batch, model.input_dim, dtype=torch.float64), torch.randint(model.num_classes, (batch,))
     x, y = data or (x, y)
@@ -53,7 +60,16 @@ def problem_of(model: DeepMLPWithTracking, batch: int, data: Data | None = None)
     return Problem(model, (x, y), model(x, y, track_activations=True), v)
 
 
-def square_problem(width: int, batch: int, num_layers: int, classes: int = 10) -> Problem:
+def network_problem(
+    net: nn.Module, x: Tensor, y: Tensor, loss: str | Callable = "cross_entropy"
+) -> Problem[TrackedNetwork]:
+    """Random v from torch's global generator, of the size of the trainable parameters."""
+    model = TrackedNetwork(net, loss.double() if isinstance(loss, nn.Module) else loss)
+    v = torch.randn(sum(p.numel() for p in net.parameters() if p.requires_grad), dtype=torch.float64)
+    return Problem(model, (x, y), model(x, y, track_activations=True), v)
+
+
+def square_problem(width: int, batch: int, num_layers: int, classes: int = 10) -> Problem[DeepMLPWithTracking]:
     """As many inputs as hidden units, weights N(0, 1/width), biases 0."""
     torch.manual_seed(0)
     model = DeepMLPWithTracking(width, width, classes, num_layers - 1).double()
