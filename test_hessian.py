@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
+import curvature
 import hessian
 import newton
 from _hessian import symmetric_factor
@@ -249,10 +250,30 @@ PUBLIC = {
         "TrustRegionStep": "step, damping, predicted_decrease, num_factorizations, on_boundary, hard_case",
         "trust_region_step": "model, loss, gradient, radius, *, weight_decay=0.0, rtol=0.0001, route='auto'",
     },
+    "curvature": {
+        "EigenPairs": "values, vectors, residuals",
+        "Influences": "indices, values",
+        "Laplace": "model, loss, prior_precision, curvature='gauss_newton', *, noise=1.0",
+        "Minimum": "gradient_norm, num_negative_eigenvalues, smallest_eigenvalue, gtol, htol, weight_decay",
+        "Predictive": "mean, covariance, noise, probabilities",
+        "Spectrum": "edges, counts, curvature, eigenvalues, num_factorizations",
+        "eigenpairs": "model, loss, k, which='largest', *, near=None, curvature='hessian'",
+        "eigenvalue_count": "model, loss, a, b, *, curvature='hessian'",
+        "hessian_operator": "model, loss, *, curvature='hessian'",
+        "hypergradient": "model, loss, val_loss, weight_decay",
+        "influence": "model, loss, test_x, test_y, damping, *, curvature='hessian'",
+        "is_minimum": "model, loss, htol=1e-08, *, gtol=1e-08, weight_decay=0.0",
+        "minimize": "model, closure, weight_decay=0.0, *, start='lbfgs', max_start_steps=1000, max_steps=50, "
+        "gtol=1e-10, htol=1e-08",
+        "self_influence": "model, loss, damping, *, curvature='hessian'",
+        "smallest_damping": "model, loss, *, rtol=0.01",
+        "spectrum": "model, loss, bins=24, *, by=None, curvature='hessian', route='auto', max_factorizations=64",
+        "top_influences": "model, loss, test_x, test_y, damping, k=10, *, curvature='hessian'",
+    },
 }
 
 
-@pytest.mark.parametrize("module", [hessian, newton], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [hessian, newton, curvature], ids=lambda module: module.__name__)
 def test_public_names_and_signatures(module):
     expected = PUBLIC[module.__name__]
     assert sorted(module.__all__) == sorted(expected)
@@ -266,8 +287,8 @@ def test_public_names_and_signatures(module):
 
 
 def test_public_names_are_documented():
-    for name in hessian.__all__:
-        item = getattr(hessian, name)
+    for module, name in [(hessian, name) for name in hessian.__all__] + [(curvature, n) for n in curvature.__all__]:
+        item = getattr(module, name)
         assert name in (HERE / "USAGE.md").read_text() or name in (HERE / "README.md").read_text(), name
         if isinstance(item, type) or callable(item):
             assert len(item.__doc__ or "") > 40, name

@@ -25,6 +25,7 @@ from _hessian.refinement import (
     spectral_norm,
     unit_columns,
 )
+from _hessian.scipy_operators import SymmetricOperator
 from _hessian.settings import Settings, dampings
 from _hessian.symmetric_factor import one_pool
 
@@ -220,6 +221,11 @@ class HessianFactorization:
             cure = "pass v in float64" if v.dtype == torch.float32 else "scale v down, or choose a larger damping"
             raise OverflowError(f"x has entries that {v.dtype} can't hold: {cure}")
         return x
+
+    def as_linear_operator(self, *, rtol: float | None = 1e-8) -> SymmetricOperator:
+        """v ↦ (H + εI)⁻¹ v as a `scipy.sparse.linalg.LinearOperator` (P, P) on NumPy arrays, in float64: `solve`, with
+        its certificate, cost and errors. As OPinv of `scipy.sparse.linalg.eigsh` it finds eigenvalues of H near −ε."""
+        return SymmetricOperator(self.num_parameters, self._system.device, lambda v: self.solve(v, rtol=rtol))
 
     def residual(self, x: Tensor, v: Tensor) -> Tensor:
         """‖(H + εI)x − v‖/‖v‖: () for x and v of shape (P,), (k,) for (P, k). Cost: one product in float64."""

@@ -14,6 +14,8 @@ ROOMS = (
     ("tests", "test_hessian"),
     ("benchmark", "simple_example", "train_imagenet"),
     ("benchmarks", "imagenet"),
+    ("curvature",),
+    ("_curvature",),
     ("newton",),
     ("hessian",),
     ("_hessian",),

@@ -1,0 +1,1 @@
+"""What curvature.py is made of, one idea a file. Private."""
