@@ -1,6 +1,7 @@
 """Measure the solver: python3 benchmark.py COMMAND [--out-dir runs/benchmark] [--quick] [--threads 1]
           training:   python3 benchmark.py training PROBLEM (its own options: python3 benchmark.py training --help)
           ImageNet:   python3 benchmark.py imagenet {throughput,steps,compare}
+          networks:   python3 benchmark.py networks {kinds,blocks,peers,landscape,training}: GPT, ResNet and others
 
     solve    the README's table: factor and solve in float64 and mixed precision, and a second damping, beside a dense
              Hessian with LU, MINRES, CG, and curvlinops' CG (pip install curvlinops-for-pytorch), at several ε
@@ -23,26 +24,18 @@ that alternate with the product, since machines are shared and noisy. All rivals
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-import torch
-
 from benchmarks.memory import memory
 from benchmarks.problems import BenchmarkError
+from benchmarks.processes import threads, use_threads
 from benchmarks.reach import reach
 from benchmarks.report import write_plots, write_table
 from benchmarks.scaling import batch, layers, rhs, shapes, width
 from benchmarks.solve import solve
 
 COMMANDS = {command.__name__: command for command in (solve, layers, width, batch, rhs, reach, memory, shapes)}
-
-
-def threads(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= (os.cpu_count() or 1):
-        raise argparse.ArgumentTypeError(f"must be an integer from 1 to {os.cpu_count()}, this machine's cores: {text}")
-    return int(text)
 
 
 def measure(argv: list[str]) -> None:
@@ -54,15 +47,17 @@ def measure(argv: list[str]) -> None:
         from benchmarks.imagenet import main as imagenet
 
         return imagenet(argv[1:])
+    if argv[:1] == ["networks"]:
+        from benchmarks.networks import main as networks
+
+        return networks(argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--out-dir", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--quick", action="store_true", help="fewer and smaller rows, for a smoke test")
     parser.add_argument("--threads", type=threads, default=1, help="of torch, 1 as in the README's tables")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # for the processes that `memory` starts
-    torch.set_flush_denormal(True)
+    use_threads(args.threads)
     report = COMMANDS[args.command](args.quick)
     if report.panels:
         write_plots(args.out_dir / f"{args.command}.png", report.panels)

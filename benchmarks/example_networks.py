@@ -146,9 +146,9 @@ class Residual(nn.Module):
 class ResNet(nn.Module):
     """Residual blocks of two 3 × 3 convolutions with GroupNorm, from grey images (N, 1, H, W)."""
 
-    def __init__(self, blocks: int, width: int, classes: int):
+    def __init__(self, blocks: int, width: int, classes: int, *, stride: int = 1):
         super().__init__()
-        self.stem, self.out = nn.Conv2d(1, width, 3, padding=1), nn.Linear(width, classes)
+        self.stem, self.out = nn.Conv2d(1, width, 3, stride, 1), nn.Linear(width, classes)
         self.branches = nn.ModuleList(
             nn.Sequential(
                 nn.GroupNorm(2, width),
@@ -224,6 +224,24 @@ def lenet() -> nn.Module:
         nn.Linear(4, 6),
         nn.Sigmoid(),
         nn.Linear(6, 3),
+    )
+
+
+def lenet5() -> nn.Module:
+    """LeCun et al. 1998, on images of 28 × 28 pixels."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5, padding=2),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(400, 120),
+        nn.Tanh(),
+        nn.Linear(120, 84),
+        nn.Tanh(),
+        nn.Linear(84, 10),
     )
 
 

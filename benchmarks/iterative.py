@@ -109,6 +109,19 @@ class _CountedLoss(nn.CrossEntropyLoss):
         return super().forward(outputs.movedim(-1, 1), targets)
 
 
+def curvlinops_product(problem: Problem) -> Tensor | None:
+    """curvlinops' H v; None where it is not installed."""
+    try:
+        curvlinops = importlib.import_module("curvlinops")
+    except ImportError:
+        return None
+    parameters, data = list(problem.model.parameters()), [problem.data]
+    return (
+        curvlinops.HessianLinearOperator(problem.model, _CountedLoss(), parameters, data, check_deterministic=False)
+        @ problem.v
+    )
+
+
 def curvlinops_to_rtol(problem: Problem, f: HessianFactorization, max_seconds: float) -> Iterated:
     """`curvlinops.CGInverseLinearOperator` on curvlinops' own Hessian.
 

@@ -1,7 +1,8 @@
-"""Measurements in a process of their own, and the memory that a process takes."""
+"""Threads, measurements in a process of their own, and the memory that a process takes."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,7 +10,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks.problems import BenchmarkError
+
+
+def threads(text: str) -> int:
+    """For argparse."""
+    if not text.isdecimal() or not 1 <= int(text) <= (os.cpu_count() or 1):
+        raise argparse.ArgumentTypeError(f"must be an integer from 1 to {os.cpu_count()}, this machine's cores: {text}")
+    return int(text)
+
+
+def use_threads(number: int) -> None:
+    """Of torch, here and in the processes that are started."""
+    torch.set_num_threads(number)
+    os.environ["OMP_NUM_THREADS"] = str(number)
+    torch.set_flush_denormal(True)
 
 
 def in_process(module: str, arguments: Sequence[object], **environment: str) -> list:

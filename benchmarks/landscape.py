@@ -1,0 +1,230 @@
+"""The exact Hessian along training: eigenvalue counts and log|det| of a small GPT and a small ResNet at every point.
+
+And seconds to a loss, by Adam and by damped Gauss–Newton steps of `factorize_hessian`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import importlib
+import io
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from tqdm import tqdm
+
+from benchmarks.example_networks import GPT, ResNet
+from benchmarks.problems import Data
+from benchmarks.reach import standardized_digits
+from benchmarks.report import Report, table
+from hessian import TrackedNetwork, factorize_hessian
+
+DAMPINGS = (1e-3, 1e-2, 0.1, 1.0)  # ε: eigenvalues below −ε are counted
+RATE = 3e-3
+TARGETS = (1.0, 0.1, 0.01)  # losses
+ADAM_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+
+
+def text_windows(windows: int, length: int) -> Data:
+    """The Zen of Python, as characters: each window and the one that begins a character later."""
+    with contextlib.redirect_stdout(io.StringIO()):  # the module prints itself
+        text = codecs.decode(importlib.import_module("this").s, "rot13").lower()
+    symbols = sorted(set(text))
+    codes = torch.tensor([symbols.index(c) for c in text])
+    x = torch.stack([codes[length * i : length * (i + 1) + 1] for i in range(windows)])
+    return x[:, :-1], x[:, 1:]
+
+
+def digits(samples: int) -> Data:
+    x, y = standardized_digits(samples)
+    return x.view(-1, 1, 8, 8), y
+
+
+class Task(NamedTuple):
+    name: str
+    make: Callable[[], nn.Module]
+    data: Callable[[], Data]
+
+    def start(self) -> tuple[TrackedNetwork, Data]:
+        torch.manual_seed(0)
+        return TrackedNetwork(self.make().double().eval()), self.data()
+
+
+def tasks(quick: bool, width: int, windows: int, channels: int, images: int) -> list[Task]:
+    if quick:
+        width, windows, channels, images = 4, 2, 2, 8
+    gpt, resnet = partial(GPT, 2, width, 2, 16, 32), partial(ResNet, 2, channels, 10, stride=2)
+    return [
+        Task(f"GPT, 2 blocks of width {width}, {16 * windows} characters", gpt, partial(text_windows, windows, 16)),
+        Task(f"ResNet, 2 blocks of {channels} channels, {images} digits", resnet, partial(digits, images)),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ landscape
+
+
+class Point(NamedTuple):
+    """One point of a training run."""
+
+    step: int
+    loss: float
+    below: tuple[int, ...]  # eigenvalues below −ε, by ε
+    logabsdet: float  # at the least ε
+    certified: int  # counts of them that are proved
+
+
+class Run(NamedTuple):
+    task: Task
+    num_parameters: int
+    points: list[Point]
+
+
+def point(model: TrackedNetwork, data: Data, step: int) -> Point:
+    loss = model(*data, track_activations=True)
+    f = factorize_hessian(model, loss, DAMPINGS[0], route="dense")  # H is formed once for all ε
+    factors = [f, *(f.with_damping(damping) for damping in DAMPINGS[1:])]
+    below = tuple(x.num_negative_eigenvalues for x in factors)
+    return Point(step, loss.item(), below, f.logabsdet, sum(x.inertia_is_certified for x in factors))
+
+
+def train_by_adam(task: Task, steps: list[int]) -> Run:
+    model, data = task.start()
+    optimizer = torch.optim.Adam(model.parameters(), RATE)
+    points, step = [], 0
+    for stop in tqdm(steps, desc=task.name, disable=None):
+        while step < stop:
+            optimizer.zero_grad()
+            model(*data).backward()
+            optimizer.step()
+            step += 1
+        points.append(point(model, data, step))
+    return Run(task, sum(p.numel() for p in model.parameters()), points)
+
+
+def landscape(quick: bool, picture: Path) -> list[str]:
+    """The table; the picture goes to a file."""
+    steps = [0, 1, 10] if quick else [0, *sorted({round(10 ** (k / 6)) for k in range(22)})]
+    runs = [train_by_adam(task, steps) for task in tasks(quick, 12, 8, 8, 64)]
+    draw(runs, picture)
+    lines = []
+    for run in runs:
+        header = ["step", "loss", *(f"below −{e:g}" for e in DAMPINGS), f"log\\|det(H + {DAMPINGS[0]:g} I)\\|"]
+        header.append(f"counts certified, of {len(DAMPINGS)}")
+        rows = [[p.step, p.loss, *p.below, f"{p.logabsdet:,.1f}", p.certified] for p in run.points]
+        lines += [f"{run.task.name}, P = {run.num_parameters:,}:", "", *table(header, rows), ""]
+    certified, total = sum(p.certified for r in runs for p in r.points), len(runs) * len(steps) * len(DAMPINGS)
+    lines.append(
+        f"Adam, rate 0.003, whole batch. {certified} of {total} counts are certified (`inertia_is_certified`)."
+    )
+    return lines
+
+
+def draw(runs: list[Run], path: Path) -> None:
+    """Loss, eigenvalue counts and log|det| against steps, a column for each network."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    heights = {"height_ratios": (1, 2.4, 1)}
+    figure, axes = plt.subplots(
+        3,
+        len(runs),
+        figsize=(5.5 * len(runs), 7),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+        gridspec_kw=heights,
+    )
+    colors = plt.get_cmap("inferno_r")(torch.linspace(0.15, 0.85, len(DAMPINGS)).tolist())
+    for column, (task, P, points) in enumerate(runs):
+        top, middle, bottom = axes[:, column]
+        steps = [p.step for p in points]
+        top.semilogy(steps, [p.loss for p in points], color="black")
+        top.set_title(f"{task.name}\n{P:,} parameters", fontsize="medium")
+        for index, (damping, color) in enumerate(zip(DAMPINGS, colors, strict=True)):
+            counts = [p.below[index] for p in points]
+            middle.fill_between(steps, counts, color=color, label=f"below −{damping:g}", linewidth=0)
+            middle.plot(steps, counts, color="white", linewidth=0.8)
+        middle.set_ylim(0)
+        bottom.plot(steps, [p.logabsdet for p in points], color=colors[-1])
+        bottom.set_xscale("symlog", linthresh=1)
+        bottom.set_xlim(0, steps[-1])
+        bottom.set_xlabel("steps of Adam")
+        for axis in (top, middle, bottom):
+            axis.spines[["top", "right"]].set_visible(False)
+    for axis, label in zip(axes[:, 0], ("loss", "eigenvalues of H", f"log|det(H + {DAMPINGS[0]:g} I)|"), strict=True):
+        axis.set_ylabel(label)
+    axes[1, -1].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    print(f"Plot: {path}")
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+def adam_steps(model: TrackedNetwork, data: Data, rate: float) -> Iterator[float]:
+    """Losses before each step."""
+    optimizer = torch.optim.Adam(model.parameters(), rate)
+    while True:
+        optimizer.zero_grad()
+        loss = model(*data)
+        loss.backward()
+        yield loss.item()
+        optimizer.step()
+
+
+def gauss_newton_steps(model: TrackedNetwork, data: Data) -> Iterator[float]:
+    """Losses before each step. The damping falls after a step that lowers the loss, else it rises."""
+    damping, parameters = 1.0, list(model.parameters())
+    while True:
+        loss = model(*data, track_activations=True)
+        yield loss.item()
+        gradient = parameters_to_vector(torch.autograd.grad(loss, parameters))
+        before = parameters_to_vector(parameters).detach().clone()
+        f = factorize_hessian(model, loss, damping, curvature="gauss_newton")
+        while True:
+            vector_to_parameters(before - f.solve(gradient, rtol=None), parameters)
+            with torch.no_grad():
+                is_lower = bool(model(*data) < loss)
+            if is_lower:
+                damping /= 3
+                break
+            damping *= 4
+            yield loss.item()
+            f = f.with_damping(damping)
+
+
+def seconds_to_targets(losses: Iterator[float], max_seconds: float) -> list[float | None]:
+    found: list[float | None] = []
+    started = time.perf_counter()
+    for loss in losses:
+        elapsed = time.perf_counter() - started
+        while len(found) < len(TARGETS) and loss <= TARGETS[len(found)]:
+            found.append(elapsed)
+        if len(found) == len(TARGETS) or elapsed > max_seconds:
+            break
+    return found + [None] * (len(TARGETS) - len(found))
+
+
+def training(quick: bool) -> Report:
+    max_seconds, rows = (2 if quick else 60), []
+    for task in tasks(quick, 8, 4, 4, 32):
+        methods: dict[str, Callable[[TrackedNetwork, Data], Iterator[float]]] = {
+            **{f"Adam, rate {rate:g}": partial(adam_steps, rate=rate) for rate in ADAM_RATES[:: 3 if quick else 1]},
+            "damped Gauss–Newton": gauss_newton_steps,
+        }
+        for name, method in methods.items():
+            model, data = task.start()
+            rows.append([task.name, name, *seconds_to_targets(method(model, data), max_seconds)])
+    header = ["network", "method", *(f"seconds to {target:g}" for target in TARGETS)]
+    notes = ["", f"Whole batch, one seed, at most {max_seconds} s a run; –: not reached."]
+    return Report([*table(header, rows), *notes])
