@@ -59,7 +59,7 @@ class Task(NamedTuple):
 
 def tasks(quick: bool, width: int, windows: int, channels: int, images: int) -> list[Task]:
     if quick:
-        width, windows, channels, images = 4, 2, 2, 8
+        width, windows, channels, images = 2, 2, 2, 8
     gpt, resnet = partial(GPT, 2, width, 2, 16, 32), partial(ResNet, 2, channels, 10, stride=2)
     return [
         Task(f"GPT, 2 blocks of width {width}, {16 * windows} characters", gpt, partial(text_windows, windows, 16)),

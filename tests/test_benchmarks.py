@@ -8,12 +8,15 @@ import statistics
 import pytest
 import scipy.sparse.linalg
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import benchmark
-from benchmarks.iterative import cg_to_rtol, minres_to_rtol
+from benchmarks.iterative import cg_to_rtol, curvlinops_product, minres_to_rtol
+from benchmarks.landscape import DAMPINGS, gauss_newton_steps, point, seconds_to_targets, text_windows
+from benchmarks.landscape import tasks as landscape_tasks
 from benchmarks.memory import Case
-from benchmarks.problems import BenchmarkError, dense_solve, in_units, square_problem
+from benchmarks.networks import gpt_problem, largest_state
+from benchmarks.problems import BenchmarkError, dense_solve, in_units, network_problem, square_problem
 from benchmarks.processes import in_process
 from benchmarks.reach import NETS, measure
 from benchmarks.report import markdown_row, table
@@ -23,6 +26,7 @@ from benchmarks.training.objective import FlatModel, Job, accurate_loss, batches
 from benchmarks.training.problems import ALL, PARTS, PROBLEMS, initial_model, load, problem_named
 from benchmarks.training.report import mean_difference, median_and_range, median_curve
 from benchmarks.training.runs import Run, Session, run_method, stored_runs
+from hessian import hessian_vector_product
 
 pytestmark = pytest.mark.slow
 
@@ -43,6 +47,10 @@ def threads_as_before():
     (
         "width",
         "reach",
+        "networks kinds",
+        "networks blocks",
+        "networks peers",
+        "networks landscape",
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("batch", "rhs", "memory", "imagenet steps")),
     ),
 )
@@ -54,7 +62,8 @@ def test_a_command_prints_and_writes_its_table(tmp_path, capsys, command):
     assert "\n".join(lines) in printed and printed.endswith(f"Table: {tmp_path / name}.md\n")
     rows = [line.count("|") - line.count("\\|") for line in lines if line.startswith("|")]
     assert len(rows) > 2 and len(set(rows)) == 1
-    assert (tmp_path / f"{name}.png").exists() == (name in ("width", "batch", "rhs", "reach"))
+    plotted = ("width", "batch", "rhs", "reach", "networks-blocks", "networks-landscape")
+    assert (tmp_path / f"{name}.png").exists() == (name in plotted)
 
 
 @pytest.mark.slow
@@ -121,6 +130,57 @@ def test_reach_counts_what_eigenvalues_say():
     assert max(found.log_error.values()) < 1e-9 and max(map(abs, found.residuals.values())) < 1e-8
     A = H + 0.1 * torch.eye(len(H), dtype=H.dtype)
     assert torch.allclose(dense_solve(A, problem.v), problem.solve(1e-8), rtol=1e-8)
+
+
+def test_the_state_is_what_is_live_at_the_widest_cut():
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 7), nn.Linear(7, 7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = torch.tanh(self.a(x))
+            return z + torch.tanh(self.b(z))
+
+    x, y = torch.randn(4, 5).double(), torch.randint(7, (4,))
+    chain = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    skip = Skip().double()
+    for net, numbers in ((chain, 6), (skip, 7 + 7)):  # beside the branch, the stream
+        assert largest_state(network_problem(net, x, y % 3).factorize()) == 4 * numbers
+
+
+def test_points_of_the_landscape_are_those_of_eigenvalues():
+    task = landscape_tasks(True, 0, 0, 0, 0)[1]
+    model, data = task.start()
+    found = point(model, data, 5)
+    loss = model(*data, track_activations=True)
+    H = hessian_vector_product(model, loss, torch.eye(sum(p.numel() for p in model.parameters())).double())
+    mu = torch.linalg.eigvalsh((H + H.mT) / 2)
+    assert found.below == tuple(int((mu < -e).sum()) for e in DAMPINGS) and found.step == 5
+    assert found.logabsdet == pytest.approx((mu + DAMPINGS[0]).abs().log().sum().item()) and found.loss == loss.item()
+
+
+def test_seconds_to_targets_are_of_the_first_losses_below_them():
+    first, second, third = seconds_to_targets(iter((2.0, 0.05, 0.5, 0.009, math.nan)), 60)
+    assert first == second < third
+    assert seconds_to_targets(iter((2.0, 0.5, 0.4)), 60)[1:] == [None, None]
+    model, data = landscape_tasks(True, 0, 0, 0, 0)[1].start()
+    losses = [loss for loss, _ in zip(gauss_newton_steps(model, data), range(4), strict=False)]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+
+
+def test_text_is_shifted_by_a_character():
+    x, y = text_windows(3, 5)
+    assert x.shape == y.shape == (3, 5)
+    assert torch.equal(x.flatten()[1:], y.flatten()[:-1])
+
+
+def test_curvlinops_has_the_same_hessian_where_norms_are_written_out():
+    pytest.importorskip("curvlinops", reason="pip install curvlinops-for-pytorch")
+    problem = gpt_problem(1, 4, written_out=True)
+    exact = hessian_vector_product(problem.model, problem.loss, problem.v)
+    assert torch.allclose(curvlinops_product(problem), exact, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(exact, hessian_vector_product(*gpt_problem(1, 4)[::2], problem.v), rtol=1e-9, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------ training
