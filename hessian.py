@@ -564,7 +564,8 @@ class _Sweep:
         self.inputs = prepare(layers) if inputs is None else inputs
         eliminate = partial(_eliminate_layer, layers, self.inputs, epsilons, many_classes)
         self._pivots: list[Pivot] = []  # last layer first
-        self._checkpoints = Checkpoints(eliminate, len(layers)) if checkpoint else None
+        starts = range(len(layers) - 1, -1, -(math.isqrt(len(layers) - 1) + 1))
+        self._checkpoints = Checkpoints(eliminate, starts) if checkpoint else None
         self.num_negative, self.logabsdet, above = 0, 0.0, None
         keeps = solvable and not checkpoint
         memory = Memory(None if keeps else 1)

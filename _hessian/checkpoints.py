@@ -1,13 +1,15 @@
-"""Less memory for a sweep: every √L-th cost-to-go is kept in place of the pivots, and arrays are used again."""
+"""Less memory for a sweep: some costs-to-go are kept in place of the pivots, and arrays are used again."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, Protocol, Self, TypeVar
 
 from torch import Tensor
 
-from _hessian.pivots import CostToGo, Pivot
+P = TypeVar("P")
+S = TypeVar("S", bound="State")
 
 
 class Memory:
@@ -36,41 +38,45 @@ class Memory:
         return self._slots[key][:size].view(shape)
 
 
-class Checkpoints:
-    """Every √L-th cost-to-go. A solve recomputes the pivots from these, once on its way down and once up.
+class State(Protocol):
+    """What an elimination goes on from. It may change it in place."""
 
-    eliminate: (index, above, memory) → pivot, its counts, the cost-to-go below, each time with the same bits.
+    def copied(self) -> Self: ...
+
+
+class Checkpoints(Generic[P, S]):
+    """Some of the states of an elimination. A solve recomputes the pivots from these, once on its way down and once up.
+
+    eliminate: (index, state above, memory) → pivot, its counts, the state below, each time with the same bits.
+    starts: the highest index of each segment, last layer first. A state is kept at each.
     """
 
-    def __init__(self, eliminate: Callable, num_layers: int):
-        self._eliminate, self._last = eliminate, num_layers - 1
-        self._length = math.isqrt(num_layers - 1) + 1  # of a segment
-        self.segments: dict[int, CostToGo | None] = {}  # highest layer of each: the cost-to-go above it
+    def __init__(self, eliminate: Callable[[int, S | None, Memory], tuple[P, object, S]], starts: Sequence[int]):
+        self._eliminate = eliminate
+        self._stops = dict(zip(starts, [*starts[1:], -1], strict=True))
+        self._states: dict[int, S | None] = {}
 
-    def keep(self, index: int, above: CostToGo | None) -> None:
+    def keep(self, index: int, above: S | None) -> None:
         """What layer `index` is eliminated from, if that begins a segment."""
-        if (self._last - index) % self._length == 0:
-            self.segments[index] = _copied(above)
+        if index in self._stops:
+            self._states[index] = None if above is None else above.copied()
 
-    def downward(self) -> Iterator[Pivot]:
+    def downward(self) -> Iterator[P]:
         """The pivots, last layer first."""
         memory = Memory(1)
-        for top in self.segments:
-            yield from self._segment(top, memory)
+        for start in self._stops:
+            yield from self._segment(start, memory)
 
-    def upward(self) -> Iterator[Pivot]:
+    def upward(self) -> Iterator[P]:
         """The pivots, first layer first."""
-        memory = Memory(self._length)
-        for top in reversed(self.segments):
-            yield from reversed(list(self._segment(top, memory)))
+        memory = Memory(max(start - stop for start, stop in self._stops.items()))
+        for start in reversed(self._stops):
+            yield from reversed(list(self._segment(start, memory)))
 
-    def _segment(self, top: int, memory: Memory) -> Iterator[Pivot]:
-        above = _copied(self.segments[top])
-        for index in range(top, max(top - self._length, -1), -1):
+    def _segment(self, start: int, memory: Memory) -> Iterator[P]:
+        kept = self._states[start]
+        above = None if kept is None else kept.copied()
+        for index in range(start, self._stops[start], -1):
             pivot, _, above = self._eliminate(index, above, memory)
             yield pivot
             del pivot
-
-
-def _copied(above: CostToGo | None) -> CostToGo | None:
-    return None if above is None else above._replace(P=above.P.clone())

@@ -66,12 +66,12 @@ def factor_operations(m: float) -> float:
     return m**3 / 3 + min(BLOCK, m) * m**2
 
 
-def _whiten_operations(m: float, n: float) -> float:
+def whiten_operations(m: float, n: float) -> float:
     """F⁻¹B for B (m, n)."""
     return (m + min(BLOCK, m)) * m * n
 
 
-def _update_operations(m: float, n: float) -> float:
+def update_operations(m: float, n: float) -> float:
     """WᵀW for W (m, n), one half of it by blocks; of a small one, all of it."""
     return (n + min(BLOCK, n)) * m * n
 
@@ -81,10 +81,10 @@ def layer_operations(shapes: Sequence[LayerShape], index: int, N: int, many_clas
     (a, width, d, skip, _), first, last = shapes[index], index == 0, index == len(shapes) - 1
     r = min(N, d)
     m, n, below = a * r, N * a, 0 if first else N * width
-    update = _update_operations(m, below)  # BᵀG⁻¹B
+    update = update_operations(m, below)  # BᵀG⁻¹B
     if many_classes and last:
         return LayerOperations(10 * a * (r**3 + N**3), 2 * m * r * below + update)
-    eliminate = _whiten_operations(m, below) + update
+    eliminate = whiten_operations(m, below) + update
     if last:
         form = 2 * r * r * N * a * a
         return LayerOperations(form + factor_operations(m), eliminate + (0 if first else 2 * N * a * width * width))

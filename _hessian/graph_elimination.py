@@ -3,27 +3,29 @@
 At any cut between two operations, the live values are those made before it and used after it. P is the cost-to-go, a
 quadratic in all of them. One operation o = f(u₁, u₂, …) is eliminated by
 
-    P_iu += A_iᵀ P_ou      P_ij += A_iᵀ P_oo A_j + M_ij      for live u ≠ o
+    P_iu += A_iᵀ P_ou      P_ij += A_iᵀ P_oo A_j + M_ij      for live u ≠ o.
 
-and an affine operation's own parameters, or a parameter at its first use, by
+Parameters are values too, in reduced coordinates where one operation has them for itself. A parameter y is eliminated
+after its last operation in this order, or later, once fewer values are live (`elimination_points`):
 
-    G = εI + JᵀP_oo J      B = JᵀP_o· (and S)      P −= BᵀG⁻¹B.
+    G = εI + P_yy      B = P_y·      P −= BᵀG⁻¹B.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from _hessian.costs import factor_operations
+from _hessian.affine_operation import Affine
+from _hessian.checkpoints import Checkpoints, Memory
 from _hessian.graph import Value
 from _hessian.layers import NotPositiveDefinite, SingularHessianError
-from _hessian.operations import Affine, Elementwise, Operation
-from _hessian.symmetric_factor import BLOCK, SymmetricFactor, factor_symmetric, mirror, subtract_gram
+from _hessian.operations import Elementwise, Operation
+from _hessian.symmetric_factor import SymmetricFactor, factor_symmetric, mirror, subtract_gram_below
 
 
 class Program(NamedTuple):
@@ -33,70 +35,93 @@ class Program(NamedTuple):
     parameters: dict[str, int]  # trainable ones and their sizes, in the order of the flat vectors
     output: Value
     loss_hessian: Tensor  # (N, C, C) Λ, C the outputs of a sample
-    born: list[list[Value]]  # parameters that are values, by the operation that uses each of them first
+    eliminated: list[list[Value]]  # by operation: the parameters that are eliminated once it is
     state_charge: float = 0.0  # μ/N, added to the curvature in the outputs of affine operations but the last
 
-    def cost(self) -> tuple[float, float]:
-        """Floating-point operations of the elimination, to leading order, and the numbers at its peak."""
-        live = {self.output: self.output.size}
-        operations, kept, peak = 0.0, 0.0, 0.0
-        for operation, born in zip(reversed(self.operations), reversed(self.born), strict=True):
-            o = live.pop(operation.output, 0)
-            if not o:
-                continue
-            n = sum(live.values())
-            live |= {value: value.size for value in operation.inputs}
-            inputs, after = sum(value.size for value in operation.inputs), sum(live.values())
-            operations += 2 * operation.pull_back_cost * (n + o + inputs)
-            kept += operation.numbers
-            peak = max(peak, kept + 2 * max(n + o, after) ** 2)
-            pivots = []
-            if isinstance(operation, Affine) and operation.size:
-                pivots = [operation.size]
-                operations += 2 * operation.size * len(operation.adjoint[0]) * (n + o + operation.size)
-            for m in pivots + [value.size for value in born]:
-                operations += factor_operations(m) + (m + min(BLOCK, m)) * m * after + (after + BLOCK) * m * after
-                kept += m * m + m * after
-            for value in born:
-                live.pop(value)
-        return operations, max(peak, kept)
+    def in_float32(self) -> Program:
+        operations = [operation.in_float32() for operation in self.operations]
+        return self._replace(operations=operations, loss_hessian=self.loss_hessian.float())
+
+
+def elimination_points(operations: Sequence[Operation], output: Value, parameters: set[Value]) -> list[list[Value]]:
+    """When to eliminate each parameter: after the operation that uses it first; or after one before that, if fewer
+    numbers are live then, with its own parameters, and at no time between are there more. Large ones first."""
+    first_use: dict[Value, int] = {}
+    for index, operation in enumerate(operations):
+        for value in parameters.intersection(operation.inputs):
+            first_use.setdefault(value, index)
+    sizes, live = [0] * len(operations), {output}  # of the live values but parameters, once an operation is eliminated
+    for index in reversed(range(len(operations))):
+        live = (live - {operations[index].output}) | (set(operations[index].inputs) - parameters)
+        sizes[index] = sum(value.size for value in live)
+    points: list[list[Value]] = [[] for _ in operations]
+    for value, index in first_use.items():
+        best, least, others = index, sizes[index], 0
+        for i in reversed(range(index)):
+            others += sum(x.size for x in parameters.intersection(operations[i].inputs))
+            if sizes[i] + others > least:
+                break
+            if sizes[i] + others < least:
+                best, least = i, sizes[i] + others
+        points[best].append(value)
+    return [sorted(values, key=lambda value: -value.size) for values in points]
 
 
 class State:
-    """P over the live values."""
+    """P by blocks of two live values. A block of zeros may be absent."""
 
-    def __init__(self, value: Value, P: Tensor):
-        self.P = P
-        self.places = {value: slice(0, value.size)}
+    def __init__(self) -> None:
+        self.live: list[Value] = []
+        self._blocks: dict[tuple[Value, Value], Tensor] = {}  # one of (u, v) and (v, u)
 
-    def replace(self, removed: Value, added: Iterable[Value]) -> None:
-        """Take out one value, and add those of the others that are not live, with rows and columns of zeros."""
-        P, places = self.P, self.places
-        kept = [value for value in places if value != removed]
-        new = [value for value in added if value not in places]
-        stop, self.places = 0, {}
-        for value in kept + new:
-            self.places[value] = slice(stop, stop + value.size)
-            stop += value.size
-        self.P = P.new_zeros(stop, stop)
-        for u in kept:
-            for v in kept:
-                self.P[self.places[u], self.places[v]] = P[places[u], places[v]]
+    def copied(self) -> State:
+        twin = State()
+        twin.live, twin._blocks = list(self.live), {key: block.clone() for key, block in self._blocks.items()}
+        return twin
 
-    def block(self, u: Value, v: Value) -> Tensor:
-        return self.P[self.places[u], self.places[v]]
+    def enter(self, value: Value) -> None:
+        if value not in self.live:
+            self.live.append(value)
 
-    def scale(self, output: Value, value: Value, slope: Tensor, second: Tensor) -> None:
-        """The output's place becomes that of the value it is an elementwise function of: φ′P φ′ + diag(β φ″)."""
-        place = self.places.pop(output)
-        self.places[value] = place
-        self.P[:, place] *= slope
-        self.P[place] *= slope[:, None]
-        self.block(value, value).diagonal().add_(second)
+    def get(self, u: Value, v: Value) -> Tensor | None:
+        """(n_u, n_v)"""
+        if (u, v) in self._blocks:
+            return self._blocks[u, v]
+        return self._blocks[v, u].mT if (v, u) in self._blocks else None
+
+    def block(self, u: Value, v: Value, like: Tensor) -> Tensor:
+        """(n_u, n_v), made if it is absent."""
+        if (found := self.get(u, v)) is not None:
+            return found
+        return self._blocks.setdefault((u, v), like.new_zeros(u.size, v.size))
+
+    def pop(self, u: Value, v: Value) -> Tensor | None:
+        found = self.get(u, v)
+        self._blocks.pop((u, v), None)
+        self._blocks.pop((v, u), None)
+        return found
+
+    def add(self, u: Value, v: Value, part: Tensor) -> None:
+        """part (n_u, n_v), which may be kept."""
+        if (found := self.get(u, v)) is not None:
+            found.add_(part)
+        else:
+            self._blocks[u, v] = part
+
+    def add_both(self, u: Value, v: Value, part: Tensor) -> None:
+        """part (n_u, n_v) as the quadratic 2 t_uᵀ part t_v."""
+        self.add(u, v, part + part.mT if u == v else part)
+
+    def take(self, value: Value) -> tuple[Tensor | None, dict[Value, Tensor]]:
+        """A value leaves: its own block, and those (n_u, n_value) of the others."""
+        own = self.pop(value, value)
+        self.live.remove(value)
+        found = {u: self.pop(u, value) for u in self.live}
+        return own, {u: block for u, block in found.items() if block is not None}
 
 
 class Pivot(NamedTuple):
-    """Parameters eliminated at one place: G = F Σ Fᵀ, ΣF⁻¹B over the values live then."""
+    """A parameter eliminated: G = F Σ Fᵀ, ΣF⁻¹B over the values live then."""
 
     factor: SymmetricFactor
     coupling: Tensor  # (m, n)
@@ -117,120 +142,163 @@ class Pivot(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One operation eliminated."""
+    """One operation eliminated, and the parameters after it."""
 
     operation: Operation
-    own: Pivot | None  # of an affine operation's own parameters
-    born: list[tuple[Value, Pivot]]  # of parameters first used here
+    pivots: list[tuple[Value, Pivot]]
+
+
+class Count(NamedTuple):
+    negative: int
+    logabsdet: float
 
 
 class GraphSweep:
-    """H + diag(ε), factored by elimination on the graph."""
+    """H + diag(ε), factored by elimination on the graph.
 
-    def __init__(self, program: Program, epsilons: Mapping[str, float], *, definite_only: bool, solvable: bool):
-        self.program, self.epsilons, self.definite_only = program, epsilons, definite_only
-        self.num_negative, self.logabsdet = 0, 0.0
-        self.steps: list[Step] = []  # in reverse order
-        N, C = program.loss_hessian.shape[:2]
-        P = program.loss_hessian.new_zeros(N, C, N, C)
-        P.diagonal(dim1=0, dim2=2).copy_(program.loss_hessian.permute(1, 2, 0))
-        state = State(program.output, P.view(N * C, N * C))
-        for index in range(len(program.operations) - 1, -1, -1):
-            if program.operations[index].output in state.places:
-                step = self._eliminate(index, state)
-                if solvable:
-                    self.steps.append(step)
+    solvable: keep the pivots. starts: recompute them in each solve instead, from states kept above these operations.
+    """
 
-    def _eliminate(self, index: int, state: State) -> Step:
-        operation, own = self.program.operations[index], None
-        o = operation.output
-        live = [value for value in state.places if value != o]
-        if isinstance(operation, Affine) and o != self.program.output:
-            state.block(o, o).diagonal().add_(self.program.state_charge)
-        if isinstance(operation, Elementwise) and operation.is_plain and operation.inputs[0] not in state.places:
-            state.scale(o, operation.inputs[0], operation.slopes[0], operation.second[0][0])
-            return Step(operation, None, [])
-        columns = state.P[:, state.places[o]]
-        JK = G = None
-        if isinstance(operation, Affine) and operation.size:
-            JK = operation.to_parameters(columns)  # (n, m) rows are live values
-            G = operation.to_parameters(JK[state.places[o]].mT.contiguous())
-        pulled = operation.pull_back(columns)
-        places = state.places
-        state.replace(o, operation.inputs)
-        for value, block in zip(operation.inputs, pulled, strict=True):
-            for u in live:
-                part = block[places[u]]  # (n_u, n_i)
-                state.block(u, value).add_(part)
-                state.block(value, u).add_(part.mT)
-            again = operation.pull_back(block[places[o]].mT.contiguous())
-            for other, part in zip(operation.inputs, again, strict=True):
-                state.block(value, other).add_(part)
-        operation.add_curvature(lambda i, j: state.block(operation.inputs[i], operation.inputs[j]))
-        if JK is not None and G is not None and isinstance(operation, Affine):
-            own = self._eliminate_own(operation, index, state, live, places, JK, G)
-        born = [(value, self._eliminate_value(value, index, state)) for value in self.program.born[index]]
-        return Step(operation, own, born)
-
-    def _eliminate_own(
+    def __init__(
         self,
-        operation: Affine,
-        index: int,
-        state: State,
-        live: Sequence[Value],
-        places: Mapping[Value, slice],
-        JK: Tensor,
-        G: Tensor,
-    ) -> Pivot:
-        epsilon = self._epsilon(operation.parameters)
-        G.diagonal().add_(epsilon)
-        B = G.new_zeros(len(G), len(state.P))
-        for u in live:
-            B[:, state.places[u]] += JK[places[u]].mT
-        of_output = JK[places[operation.output]].mT.contiguous()
-        for value, block in zip(operation.inputs, operation.pull_back(of_output), strict=True):
-            B[:, state.places[value]] += block
+        program: Program,
+        epsilons: Mapping[str, float],
+        *,
+        definite_only: bool,
+        solvable: bool,
+        starts: Sequence[int] = (),
+    ):
+        self.program, self.epsilons, self._definite_only = program, epsilons, definite_only
+        self._checkpoints = Checkpoints(self._eliminate, starts) if starts else None
+        affine = [x for x in program.operations if isinstance(x, Affine)]
+        self._named = {x.own: x.parameters[0] for x in affine if x.own is not None}  # which have one damping
+        self._steps: list[Step] = []  # last operation first
+        self.num_negative, self.logabsdet = 0, 0.0
+        state = self._at_output()
+        for index in reversed(range(len(program.operations))):
+            if self._checkpoints is not None:
+                self._checkpoints.keep(index, state)
+            step, count, state = self._eliminate(index, state)
+            self.num_negative, self.logabsdet = self.num_negative + count.negative, self.logabsdet + count.logabsdet
+            if solvable and self._checkpoints is None:
+                self._steps.append(step)
+            del step  # its memory is free before the next one is made
+
+    def _at_output(self) -> State:
+        N, C = self.program.loss_hessian.shape[:2]
+        P = self.program.loss_hessian.new_zeros(N, C, N, C)
+        P.diagonal(dim1=0, dim2=2).copy_(self.program.loss_hessian.permute(1, 2, 0))
+        state, output = State(), self.program.output
+        state.enter(output)
+        state.add(output, output, P.view(N * C, N * C))
+        return state
+
+    def _eliminate(self, index: int, state: State | None, memory: Memory | None = None) -> tuple[Step, Count, State]:
+        """The operation, and the parameters after it. The state is changed in place."""
+        assert state is not None
+        operation, counts = self.program.operations[index], []
+        if operation.output in state.live:
+            self._eliminate_operation(operation, state)
+            if isinstance(operation, Affine) and operation.own is not None:
+                counts.append(self._eliminate_outside(operation, index, state))
+        pivots = []
+        for value in self.program.eliminated[index]:
+            if value in state.live:
+                pivots.append((value, self._eliminate_parameter(value, state)))
+        counts += [Count(pivot.factor.num_negative, pivot.factor.logabsdet) for _, pivot in pivots]
+        return (
+            Step(operation, pivots),
+            Count(sum(x.negative for x in counts), sum(x.logabsdet for x in counts)),
+            state,
+        )
+
+    def _eliminate_operation(self, operation: Operation, state: State) -> None:
+        o, inputs, zero = operation.output, operation.inputs, self.program.loss_hessian
+        P, rows = state.take(o)
+        for value in inputs:
+            state.enter(value)
+        if isinstance(operation, Affine) and o != self.program.output and self.program.state_charge:
+            P = zero.new_zeros(o.size, o.size) if P is None else P
+            P.diagonal().add_(self.program.state_charge)
+        if isinstance(operation, Elementwise) and operation.is_plain:
+            slope = operation.slopes[0]
+            for u, block in rows.items():
+                state.add_both(u, inputs[0], block.mul_(slope))
+            if P is not None:
+                state.add(inputs[0], inputs[0], P.mul_(slope).mul_(slope[:, None]))
+        else:
+            for u, block in rows.items():
+                for value, part in zip(inputs, operation.pull_back(block), strict=True):
+                    state.add_both(u, value, part)
+            del rows
+            if P is not None:
+                self._pull_back_both(operation, P, state)
+        operation.add_curvature(lambda i, j: state.block(inputs[i], inputs[j], zero))
+
+    def _pull_back_both(self, operation: Operation, P: Tensor, state: State) -> None:
+        """A_iᵀ P A_j for all inputs."""
+        inputs, count = operation.inputs, len(operation.inputs)
+        own = operation.own if isinstance(operation, Affine) else None
+        if isinstance(operation, Affine) and own is not None:
+            count -= 1
+            PJ = operation.to_parameters(operation.to_rows(P))
+            state.add(own, own, operation.to_parameters_from_left(PJ))
+            del PJ
+        for i, part in enumerate(operation.pull_back(P, slice(count))):
+            if isinstance(operation, Affine) and own is not None:
+                state.add(own, inputs[i], operation.to_parameters_from_left(part))
+            blocks = operation.pull_back(part.mT.contiguous(), slice(i, count))
+            for value, block in zip(inputs[i:], blocks, strict=False):
+                state.add(inputs[i], value, block)
+
+    # pivots
+
+    def _eliminate_outside(self, operation: Affine, index: int, state: State) -> Count:
+        """X⊥, in closed form."""
+        outside, epsilon = operation.num_outside(), self.epsilons[operation.parameters[0]]
+        if not outside:
+            return Count(0, 0.0)
+        if epsilon == 0:
+            raise self._singular(operation.output.name, epsilon, "some weights don't act on this batch")
+        if self._definite_only and epsilon < 0:
+            raise NotPositiveDefinite(index)
         if operation.couples and operation.z is not None:
-            B[:, state.places[operation.z]] += operation.coupling()
-        pivot = self._pivot(operation.output.name, G, B, epsilon, state)
-        outside = operation.num_outside()
-        if outside:
-            if epsilon == 0:
-                raise self._singular(operation.output.name, epsilon, "some weights don't act on this batch")
-            self.num_negative += outside if epsilon < 0 else 0
-            self.logabsdet += outside * math.log(abs(epsilon))
-            if self.definite_only and epsilon < 0:
-                raise NotPositiveDefinite(index)
-            if operation.z is not None:
-                operation.subtract_outside(state.block(operation.z, operation.z), epsilon)
-        return pivot
+            operation.subtract_outside(state.block(operation.z, operation.z, operation.adjoint), epsilon)
+        return Count(outside if epsilon < 0 else 0, outside * math.log(abs(epsilon)))
 
-    def _eliminate_value(self, value: Value, index: int, state: State) -> Pivot:
-        epsilon = self._epsilon([value.name])
-        G, places = state.block(value, value).clone(), state.places
+    def _epsilon(self, value: Value) -> float:
+        return self.epsilons[self._named.get(value, value.name)]
+
+    def _eliminate_parameter(self, value: Value, state: State) -> Pivot:
+        epsilon, zero = self._epsilon(value), self.program.loss_hessian
+        G, coupled = state.take(value)
+        G = zero.new_zeros(value.size, value.size) if G is None else G.contiguous()
         G.diagonal().add_(epsilon)
-        rows = state.P[places[value]]
-        kept = [u for u in places if u != value]
-        B = torch.cat([rows[:, places[u]] for u in kept], 1) if kept else rows.new_empty(len(G), 0)
-        state.replace(value, ())
-        return self._pivot(value.name, G, B.contiguous(), epsilon, state)
-
-    def _epsilon(self, names: Sequence[str]) -> float:
-        return self.epsilons[names[0]]
-
-    def _pivot(self, name: str, G: Tensor, B: Tensor, epsilon: float, state: State) -> Pivot:
-        factor = factor_symmetric(G, epsilon, definite_only=self.definite_only)
-        if factor is None and self.definite_only:
+        factor = factor_symmetric(G, epsilon, definite_only=self._definite_only)
+        if factor is None and self._definite_only:
             raise NotPositiveDefinite(0)
         if factor is None or not math.isfinite(factor.logabsdet):
-            raise self._singular(name, epsilon, "its pivot is singular, or overflowed")
-        self.num_negative += factor.num_negative
-        self.logabsdet += factor.logabsdet
-        W = factor.whiten(B) if B.shape[1] else B
-        if B.shape[1]:
-            W = subtract_gram(state.P, W, factor.signs)
-            mirror(state.P)
-        return Pivot(factor, W, dict(state.places))
+            raise self._singular(value.name, epsilon, "its pivot is singular, or overflowed")
+        W, places = zero.new_empty(value.size, sum(u.size for u in coupled)), {}
+        stop = 0
+        for u, block in coupled.items():
+            places[u] = slice(stop, stop := stop + u.size)
+            W[:, places[u]] = block.mT
+        del coupled
+        if places:
+            W = self._subtract(factor.whiten(W), factor.signs, places, state)
+        return Pivot(factor, W, places)
+
+    def _subtract(self, W: Tensor, signs: Tensor | None, places: Mapping[Value, slice], state: State) -> Tensor:
+        """P −= WᵀΣW in the live values. Returns ΣW."""
+        for i, (u, of_u) in enumerate(places.items()):
+            P = state.block(u, u, W)
+            subtract_gram_below(P, W[:, of_u], signs)
+            mirror(P)
+            signed = W[:, of_u] if signs is None else signs * W[:, of_u]
+            for v in list(places)[:i]:
+                state.block(u, v, W).addmm_(signed.mT, W[:, places[v]], alpha=-1)
+        return W if signs is None else W.mul_(signs)
 
     def _singular(self, name: str, epsilon: float, why: str) -> SingularHessianError:
         return SingularHessianError(
@@ -239,54 +307,51 @@ class GraphSweep:
 
     # solves
 
+    def _downward(self) -> Iterator[Step]:
+        return iter(self._steps) if self._checkpoints is None else self._checkpoints.downward()
+
+    def _upward(self) -> Iterator[Step]:
+        return reversed(self._steps) if self._checkpoints is None else self._checkpoints.upward()
+
     def solve(self, v: Tensor) -> Tensor:
         """(H + diag(ε))⁻¹ v for v (P, k)."""
         sizes = self.program.parameters
         pieces = dict(zip(sizes, v.mT.split(list(sizes.values()), 1), strict=True))  # (k, ·) each
         p: dict[Value, Tensor] = {}  # slopes of the cost-to-go at 0, by live values
-        states: list[tuple[Tensor | None, Tensor | None, list[Tensor]]] = []
-        for step in self.steps:
-            operation, own = step.operation, None
+        outside: dict[Value, Tensor | None] = {}  # V⊥
+        states: dict[Value, Tensor] = {}
+        for step in self._downward():
+            operation = step.operation
             p_o = p.pop(operation.output, None)
-            outside = None
             if p_o is not None:
                 for value, part in zip(operation.inputs, operation.pull_back(p_o), strict=True):
                     _add(p, value, part)
-            if step.own is not None and isinstance(operation, Affine):
+            if isinstance(operation, Affine) and operation.own is not None:
                 V = operation.block([pieces[name] for name in operation.parameters])  # (k, G, a, d)
-                inside, outside = _split_right_hand_side(operation, V)
-                q = -inside if p_o is None else operation.to_parameters(p_o) - inside
-                own, back = step.own.backward(q)
-                for value, part in back.items():
-                    _add(p, value, -part)
-                if outside is not None and operation.couples and operation.z is not None:
-                    pull = operation.fold(operation.adjoint @ outside[..., : operation.width])
-                    _add(p, operation.z, pull / self._epsilon(operation.parameters))
-            born = []
-            for value, pivot in step.born:
-                p_v = p.pop(value, None)
-                state, back = pivot.backward(-pieces[value.name] if p_v is None else p_v - pieces[value.name])
-                born.append(state)
+                pieces[operation.own.name], free = _split_right_hand_side(operation, V)
+                outside[operation.own] = free
+                if free is not None and operation.couples and operation.z is not None:
+                    pull = operation.fold(operation.adjoint @ free[..., : operation.width])
+                    _add(p, operation.z, pull / self._epsilon(operation.own))
+            for value, pivot in step.pivots:
+                q = p.pop(value) - pieces[value.name] if value in p else -pieces[value.name]
+                states[value], back = pivot.backward(q)
                 for other, part in back.items():
                     _add(p, other, -part)
-            states.append((own, outside, born))
-        return self._roll_out(states, v)
+        return self._roll_out(states, outside)
 
-    def _roll_out(self, states: Sequence[tuple[Tensor | None, Tensor | None, list[Tensor]]], v: Tensor) -> Tensor:
+    def _roll_out(self, states: Mapping[Value, Tensor], outside: Mapping[Value, Tensor | None]) -> Tensor:
         t: dict[Value, Tensor] = {}
-        found: dict[str, Tensor] = {}
-        for step, (own, outside, born) in zip(reversed(self.steps), reversed(states), strict=True):
+        for step in self._upward():
             operation = step.operation
-            for (value, pivot), state in zip(reversed(step.born), reversed(born), strict=True):
-                t[value] = found[value.name] = pivot.forward(state, t)
-            tangents = [t[value] for value in operation.inputs]
-            out = operation.push_forward(tangents) if tangents else v.new_zeros(v.shape[1], operation.output.size)
-            if step.own is not None and own is not None and isinstance(operation, Affine):
-                y = step.own.forward(own, t)
-                out = out + operation.from_parameters(y)
-                X = _assemble_solution(operation, y, outside, t, self._epsilon(operation.parameters))
+            for value, pivot in reversed(step.pivots):
+                t[value] = pivot.forward(states[value], t)
+            t[operation.output] = operation.push_forward([t[value] for value in operation.inputs])
+        found = {value.name: x for value, x in t.items() if value.name in self.program.parameters}
+        for operation in self.program.operations:
+            if isinstance(operation, Affine) and operation.own is not None:
+                X = _assemble_solution(operation, t, outside[operation.own], self._epsilon(operation.own))
                 found |= dict(zip(operation.parameters, operation.pieces(X), strict=True))
-            t[operation.output] = out
         return torch.cat([found[name] for name in self.program.parameters], 1).mT
 
 
@@ -302,12 +367,10 @@ def _split_right_hand_side(operation: Affine, V: Tensor) -> tuple[Tensor, Tensor
     return within.mT.flatten(1), V - within @ operation.Q.mT
 
 
-def _assemble_solution(
-    operation: Affine, y: Tensor, outside: Tensor | None, t: Mapping[Value, Tensor], epsilon: float
-) -> Tensor:
+def _assemble_solution(operation: Affine, t: Mapping[Value, Tensor], outside: Tensor | None, epsilon: float) -> Tensor:
     """X = Y Qᵀ + X⊥ (k, G, a, d)."""
-    assert operation.R is not None
-    Y = y.unflatten(1, (operation.groups, operation.R.shape[2], -1)).mT  # (k, G, a, r)
+    assert operation.R is not None and operation.own is not None
+    Y = t[operation.own].unflatten(1, (operation.groups, operation.R.shape[2], -1)).mT  # (k, G, a, r)
     if operation.Q is None or outside is None:
         return Y
     if operation.couples and operation.z is not None:

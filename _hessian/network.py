@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from _hessian.affine_operation import Affine
 from _hessian.argument_checks import check_loss, check_tracked
 from _hessian.costs import RouteCost, factor_operations, free_bytes
 from _hessian.dense import dense_matrix, factor_dense
 from _hessian.factorization import Factor
 from _hessian.graph import Builder
+from _hessian.graph_costs import checkpoint_starts, sweep_cost
 from _hessian.graph_elimination import GraphSweep, Program
 from _hessian.layers import Damping, TrackedBatch
-from _hessian.operations import Affine
 from _hessian.program import Products, StateProducts, make_program
 from _hessian.settings import Settings, dampings
 from _hessian.trace import Traced, check_modules, trace
@@ -197,13 +198,12 @@ class Network(NamedTuple):
         values = torch.tensor(dampings(damping, len(sizes)), dtype=torch.float64, device=self.device)
         return values.repeat_interleave(sizes)[:, None]
 
-    def costs(self) -> dict[str, RouteCost]:
+    def costs(self, settings: Settings) -> dict[str, RouteCost]:
         """Operations and bytes of each route, from the sizes of the operations."""
-        operations, numbers = self.program.cost()
         P = self.num_parameters
         product = 12 * sum(x.pull_back_cost for x in self.program.operations)
         return {
-            "sweep": RouteCost(operations, 4 * numbers, 8 * numbers),
+            "sweep": sweep_cost(self.program, settings),
             "dense": RouteCost(P * product + factor_operations(P), 2 * P * P, self._dense_bytes()),
         }
 
@@ -211,26 +211,39 @@ class Network(NamedTuple):
         return 24 * self.num_parameters**2  # H, its factor, and temporaries
 
     def choose_route(self, settings: Settings, *, formed: bool, may_mix: bool) -> str:
-        options = {
-            "route='gram'": settings.route == "gram",
-            "precision='mixed'": settings.precision == "mixed",
-            "checkpoint_layers=True": settings.checkpoint_layers,
-        }
-        if chosen := [name for name, is_chosen in options.items() if is_chosen]:
-            raise ValueError(f"{' and '.join(chosen)} is for DeepMLPWithTracking: leave it out for a TrackedNetwork")
         route = settings.route
-        if route == "auto":
-            costs = self.costs()
+        if route == "gram":
+            raise ValueError("route='gram' is for DeepMLPWithTracking: choose 'sweep', 'dense' or 'auto'")
+        if settings.checkpoint_layers:
+            route = "sweep"
+        elif route == "auto":
+            costs = self.costs(settings)
             route = min(costs, key=lambda name: costs[name].operations)
         dense = self._dense_bytes() / (2 if formed else 1)
-        needed, free = dense if route == "dense" else self.costs()[route].bytes, free_bytes(self.device)
+        needed = dense if route == "dense" else sweep_cost(self.program, settings).bytes
+        free = free_bytes(self.device)
         if needed > free:
-            fits = ["route='dense'"] if route == "sweep" and dense <= free else []
             raise MemoryError(
                 f"the factorization by route={route!r} needs {needed / 1e9:.3g} GB, and {self.device} has "
-                f"{free / 1e9:.3g} GB free. What may fit: {'; '.join([*fits, 'fewer samples', 'frozen parameters'])}"
+                f"{free / 1e9:.3g} GB free. {self._what_fits(settings, route, free)}"
             )
         return route
+
+    def _what_fits(self, settings: Settings, route: str, free: float) -> str:
+        """The other options that need less memory than is free."""
+        changes: dict[str, Settings] = {
+            "route='sweep'": settings._replace(route="sweep"),
+            "precision='mixed'": settings._replace(precision="mixed"),
+            "checkpoint_layers=True": settings._replace(checkpoint_layers=True),
+            "checkpoint_layers=True, precision='mixed'": settings._replace(checkpoint_layers=True, precision="mixed"),
+            "keep='inertia', for the counts alone": settings._replace(keep="inertia", checkpoint_layers=False),
+        }
+        fits = [
+            name for name, new in changes.items() if new != settings and sweep_cost(self.program, new).bytes <= free
+        ]
+        if route == "sweep" and self._dense_bytes() <= free:
+            fits.append("route='dense'")
+        return f"What fits: {'; '.join(fits)}" if fits else "Use fewer samples, or freeze parameters"
 
     def factor(self, settings: Settings, formed: object, definite_only: bool) -> tuple[Factor, object]:
         if settings.route == "dense":
@@ -248,7 +261,10 @@ class Network(NamedTuple):
         )
         solvable = settings.keep == "solve"
         program = self._make_program(separate)
-        return GraphSweep(program, epsilons, definite_only=definite_only, solvable=solvable), None
+        starts = checkpoint_starts(program) if settings.checkpoint_layers and solvable else ()
+        if settings.precision == "mixed":
+            program = program.in_float32()
+        return GraphSweep(program, epsilons, definite_only=definite_only, solvable=solvable, starts=starts), None
 
 
 def network_system(model: TrackedNetwork, loss: Tensor, curvature: str, state_damping: float) -> Network:

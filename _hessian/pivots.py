@@ -17,6 +17,9 @@ class CostToGo(NamedTuple):
     waiting: Waiting | None  # what the layers above left to this one, beside t
     definite: bool  # every pivot above was
 
+    def copied(self) -> CostToGo:
+        return self._replace(P=self.P.clone())
+
 
 class Pivot(Protocol):
     """What a solve needs of an eliminated layer. k right-hand sides; what the layers above left to it counts as Y."""

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from _hessian.affine_operation import Affine
 from _hessian.argument_checks import check_used
-from _hessian.graph import AffineNode, Builder, Value
-from _hessian.graph_elimination import Program
-from _hessian.operations import Affine, Operation, linearize, transposed_jacobian
+from _hessian.general_operation import linearize
+from _hessian.graph import AffineNode, Builder
+from _hessian.graph_elimination import Program, elimination_points
+from _hessian.operations import Operation, transposed_jacobian
 from _hessian.trace import Traced
 
 
@@ -38,24 +40,15 @@ def make_program(
         if isinstance(node, AffineNode):
             operations.append(Affine(node, beta))
         else:
-            region = linearize(node, [graph.tensors[x] for x in node.inputs], beta)
-            if (error := region.derivative_error()) > 1e-7:
-                names = ", ".join(value.name for value in node.inputs)
-                raise ArithmeticError(
-                    f"torch's derivatives of {node.output.name}, from {names}, are off by {error:.1e}. Please report "
-                    "the operation; until then write it with other functions of torch, or use route='dense'"
-                )
-            operations.append(region)
-    born: list[list[Value]] = [[] for _ in operations]
-    seen: set[Value] = set()
-    for index, operation in enumerate(operations):
-        for value in operation.inputs:
-            if value.name in trainable and value.batch_dim is None and value not in seen:
-                seen.add(value)
-                born[index].append(value)
+            operations.append(linearize(node, [graph.tensors[x] for x in node.inputs], beta))
     outputs = graph.tensors[graph.output]
     charge = state_damping / len(outputs)
-    program = Program(operations, dict(trainable), graph.output, loss_hessian(loss, outputs), born, charge)
+    parameters = {
+        value for x in operations for value in x.inputs if value.batch_dim is None and value.name in trainable
+    }
+    parameters |= {x.own for x in operations if isinstance(x, Affine) and x.own is not None}
+    points = elimination_points(operations, graph.output, parameters)
+    program = Program(operations, dict(trainable), graph.output, loss_hessian(loss, outputs), points, charge)
     return program, builder
 
 

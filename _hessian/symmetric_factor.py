@@ -112,9 +112,7 @@ def factor_symmetric(
     edges = [0]
     while edges[-1] < m:
         start, stop = edges[-1], min(edges[-1] + block_size(m), m)
-        above = signs[:start] * G[:start, start:] if num_negative else G[:start, start:]
-        if start:
-            G[start:stop, start:].addmm_(above[:, : stop - start].mT, G[:start, start:], alpha=-1)
+        _subtract_above(G, signs if num_negative else None, start, slice(start, stop))
         block = _factor_block(G[start:stop, start:stop], definite_only, definite_first and num_negative == 0)
         if block is None and (definite_only or stop == m):
             return None
@@ -125,8 +123,7 @@ def factor_symmetric(
             if not definite_only and not float(largest_entry(rows)) <= bound:
                 block = None
         if block is None:
-            if start:
-                G[stop:, start:].addmm_(above[:, stop - start :].mT, G[:start, start:], alpha=-1)
+            _subtract_above(G, signs if num_negative else None, start, slice(stop, m))
             rest = _factor_rest(G[start:, start:])
             if rest is None:
                 return None
@@ -146,6 +143,13 @@ def factor_symmetric(
         num_negative, logabsdet = num_negative + block.num_negative, logabsdet + block.logabsdet
         edges.append(stop)
     return SymmetricFactor(G, edges, order, signs if num_negative else None, num_negative, logabsdet)
+
+
+def _subtract_above(G: Tensor, signs: Tensor | None, start: int, rows: slice) -> None:
+    """From these rows of G, what the factored rows before `start` contribute to them."""
+    if start:
+        above = G[:start, rows] if signs is None else signs[:start] * G[:start, rows]
+        G[rows, start:].addmm_(above.mT, G[:start, start:], alpha=-1)
 
 
 # --------------------------------------------------------------------- by LAPACK: on the CPU, wherever the matrix is
@@ -345,12 +349,23 @@ def subtract_gram(P: Tensor, W: Tensor, signs: Tensor | None) -> Tensor:
         signed = W if signs is None else signs * W
         P.addmm_(signed.mT, W, alpha=-1)
         return signed
-    size = block_size(len(P))
-    for start in range(0, len(P), size):
-        stop = min(start + size, len(P))
-        columns = W[:, start:stop]
-        P[start:stop, :stop].addmm_((columns if signs is None else signs * columns).mT, W[:, :stop], alpha=-1)
+    subtract_gram_below(P, W, signs)
     return W if signs is None else W.mul_(signs)
+
+
+def subtract_gram_below(P: Tensor, W: Tensor, signs: Tensor | None) -> None:
+    """P ← P − Wᵀ Σ W in its blocks on and below the diagonal. By halves: BLAS is slow where one side is short."""
+    n = P.shape[0]
+    half = n if n <= 2 * BLOCK else n // 2 // BLOCK * BLOCK
+    right = W[:, half - n :] if half < n else W
+    signed = right if signs is None else signs * right
+    if half == n:
+        P.addmm_(signed.mT, W, alpha=-1)
+        return
+    P[half:, :half].addmm_(signed.mT, W[:, :half], alpha=-1)
+    del signed
+    subtract_gram_below(P[:half, :half], W[:, :half], signs)
+    subtract_gram_below(P[half:, half:], right, signs)
 
 
 def block_size(m: int) -> int:

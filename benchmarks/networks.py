@@ -68,11 +68,9 @@ def largest_state(f: HessianFactorization) -> int:
     program = f._system.program
     live = {program.output}
     sizes = [program.output.size]
-    for operation, born in zip(reversed(program.operations), reversed(program.born), strict=True):
-        if operation.output in live:
-            live = live - {operation.output} | set(operation.inputs)
-            sizes.append(sum(value.size for value in live))
-            live -= set(born)
+    for operation, parameters in zip(reversed(program.operations), reversed(program.eliminated), strict=True):
+        live = (live - {operation.output}) | set(operation.inputs) - set(parameters)
+        sizes.append(sum(value.size for value in live))
     return max(sizes)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from _hessian import operations
+from _hessian import general_operation, network, operations
 from _hessian.trace import layer_norm
 from benchmarks.example_networks import EXAMPLES, DenselyConnected, TwoInputs, build
 from hessian import (
@@ -125,6 +125,44 @@ def test_a_damping_for_each_parameter_tensor():
             assert f.logabsdet == pytest.approx(torch.linalg.slogdet(A).logabsdet.item(), abs=1e-9 * len(A))
 
 
+@pytest.mark.parametrize("name", ["residual", "densely connected", pytest.param("gpt, tied", marks=pytest.mark.slow)])
+def test_float32_factors_and_checkpoints(name, monkeypatch):
+    """Bit for bit the same where pivots are recomputed; the same certificate where the factor is float32."""
+    model, x, y, loss = tracked(name)
+    H, v = oracle(model, x, y), random_vector(sum(p.numel() for p in model.net.parameters()), 2)
+    plain = factorize_hessian(model, loss, 0.1, route="sweep")
+    monkeypatch.setattr(network, "checkpoint_starts", lambda program: range(len(program.operations) - 1, -1, -3))
+    again = factorize_hessian(model, loss, 0.1, checkpoint_layers=True)
+    assert again.route == "sweep" and not again._factor._steps
+    assert torch.equal(plain.solve(v, rtol=None), again.solve(v, rtol=None))
+    for options in ({}, {"checkpoint_layers": True}, {"curvature": "gauss_newton"}):
+        f = factorize_hessian(model, loss, 0.1, route="sweep", precision="mixed", **options)
+        assert f.precision == "mixed" and f._factor._named and f.solve(v, rtol=None).dtype == torch.float64
+        A = H + 0.1 * torch.eye(len(H), dtype=torch.float64)
+        if not options.get("curvature"):
+            assert relative(A @ f.solve(v) - v, v) <= 1e-8
+            assert 1e-12 < relative(A @ f.solve(v, rtol=None) - v, v) <= 1e-3  # it is float32
+            assert f.num_negative_eigenvalues == plain.num_negative_eigenvalues
+            assert f.logabsdet == pytest.approx(plain.logabsdet, abs=1e-3 * len(H))
+        assert f.residual(f.solve(v), v).max() <= 1e-8
+    counts = factorize_hessian(model, loss, 0.1, route="sweep", keep="inertia")
+    assert counts.logabsdet == plain.logabsdet and counts._factor is None
+
+
+def test_components_that_meet_in_the_second_derivatives_alone():
+    """At weights of zero no first derivative tells that queries meet keys."""
+    net, x, y = build(EXAMPLES["gpt"])
+    for name, p in net.named_parameters():
+        if "qkv" in name:
+            nn.init.zeros_(p)
+    model = TrackedNetwork(net, class_dim=-1)
+    loss = model(x, y, track_activations=True)
+    H = oracle(model, x, y)
+    v = random_vector(len(H))
+    f = factorize_hessian(model, loss, 0.1, route="sweep")
+    assert relative(H @ f.solve(v) + 0.1 * f.solve(v) - v, v) <= 1e-9
+
+
 def test_two_inputs():
     torch.manual_seed(0)
     model = TrackedNetwork(TwoInputs().double().eval())
@@ -192,6 +230,14 @@ def test_wrong_derivatives_are_found(monkeypatch):
         original(self, *arguments)
         self.second = [[1.01 * x for x in row] for row in self.second]
 
+    def wrong_second(self):
+        return {pair: 1.01 * M for pair, M in second_derivatives(self).items()}
+
+    second_derivatives = general_operation.General._second_derivatives
+    with monkeypatch.context() as context:
+        context.setattr(general_operation.General, "_second_derivatives", wrong_second)
+        with pytest.raises(ArithmeticError, match="torch's derivatives of"):
+            factorize_hessian(model, loss, 1e-4, route="sweep")
     monkeypatch.setattr(operations.Elementwise, "__init__", wrong)
     for keep in ("solve", "inertia"):
         with pytest.raises(ArithmeticError, match="torch's derivatives of gelu.*route='dense'"):
@@ -295,8 +341,6 @@ def test_wrong_calls():
     loss = model(x, y, track_activations=True)
     for options, message in (
         ({"route": "gram", "curvature": "gauss_newton"}, "is for DeepMLPWithTracking"),
-        ({"precision": "mixed"}, "is for DeepMLPWithTracking"),
-        ({"checkpoint_layers": True}, "is for DeepMLPWithTracking"),
         ({"damping": (0.1, 0.2)}, "one for each of the 6.*parameter tensor"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,274 @@
+"""Affine operations: nn.Linear on (…, d), convolutions, nn.Embedding. Reduced coordinates of their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from _hessian.graph import AffineNode, Value
+from _hessian.operations import ALL, Blocks, Rounding, total
+
+
+class Affine(Rounding):
+    """h = z Wᵀ + b in rows: T a sample, G groups of channels. z̃ (G, N T, d) are its inputs, unfolded, with a one for b.
+
+    W and b are values, and inputs of the operation like z. Those that are used here alone are one value together, in
+    reduced coordinates Y (G, r, a): with z̃ = R Qᵀ, the columns of z̃ for these alone, X = Y Qᵀ + X⊥.
+    """
+
+    rounded = ("rows", "adjoint", "weights", "R", "Q")
+
+    def __init__(self, node: AffineNode, beta: Tensor):
+        self.output, self.module, self.weight = node.output, node.module, node.weight.detach()
+        self.z = node.inputs
+        weight_value, bias_value = node.live
+        self.live = node.live
+        self.groups = getattr(node.module, "groups", 1)
+        self.rows = self._unfold(node.z)  # (G, N T, width)
+        self.adjoint = self.to_rows(node.output.flatten(beta[None]))[0]  # λ (G, N T, a)
+        self.weights = self._grouped(self.weight)  # (G, a, width)
+        self.width = self.rows.shape[2] if node.reduced[0] is not None else 0  # of W in X
+        ones = self.rows.new_ones(*self.rows.shape[:2], 1)
+        parts = [self.rows] * (node.reduced[0] is not None) + [ones] * (node.reduced[1] is not None)
+        self.parameters = [name for name in node.reduced if name is not None]
+        self.R = self.Q = None
+        if parts:
+            z = torch.cat(parts, 2)
+            self.R = z
+            if z.shape[1] < z.shape[2]:
+                Q, R = torch.linalg.qr(z.mT)
+                self.R, self.Q = R.mT.contiguous(), Q  # (G, N T, r), (G, d, r)
+        self.d = sum(part.shape[2] for part in parts)
+        size = 0 if self.R is None else self.R.shape[2] * self.adjoint.shape[2] * self.groups  # m = G r a
+        self.own = Value(f"{node.output.name}.parameters", torch.Size([size]), None, 1) if size else None  # Y
+        self.inputs = tuple(x for x in (node.inputs, weight_value, bias_value, self.own) if x is not None)
+
+    # rows
+
+    @property
+    def is_convolution(self) -> bool:
+        return isinstance(self.module, nn.Conv1d | nn.Conv2d)
+
+    def _grouped(self, W: Tensor) -> Tensor:
+        """A weight (or k of them, in front) as (…, G, a, width)."""
+        if isinstance(self.module, nn.Embedding):
+            return W.mT.unsqueeze(-3)
+        if self.is_convolution:
+            return W.flatten(-self.weight.dim() + 1).unflatten(-2, (self.groups, -1))
+        return W.unsqueeze(-3)
+
+    def _unfold(self, z: Tensor) -> Tensor:
+        if isinstance(self.module, nn.Embedding):
+            rows = F.one_hot(z.flatten(), len(self.weight)).to(self.weight)[None]
+            if self.module.padding_idx is not None:  # no gradient goes there
+                rows[..., self.module.padding_idx] = 0
+            return rows
+        if not self.is_convolution:
+            z = z if self.z is None else self.z.flatten(z[None])[0]
+            return z.reshape(1, -1, self.weight.shape[1])
+        columns = self._unfolded(z)  # (N, C·kernel, T)
+        return columns.unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+
+    def _unfolded(self, z: Tensor) -> Tensor:
+        z = z.unsqueeze(-2) if isinstance(self.module, nn.Conv1d) else z
+        return F.unfold(z, *_window(self.module))
+
+    def to_rows(self, p: Tensor) -> Tensor:
+        """Of the output (k, n_o): (k, G, N T, a)."""
+        if self.is_convolution:
+            p = p.unflatten(1, (self.output.num_samples, self.groups, len(self.weight) // self.groups, -1))
+            return p.permute(0, 2, 1, 4, 3).flatten(2, 3)
+        return p.unflatten(1, (1, -1, self.output.shape[-1]))
+
+    def from_rows(self, h: Tensor) -> Tensor:
+        """The inverse of `to_rows`."""
+        if self.is_convolution:
+            h = h.unflatten(2, (self.output.num_samples, -1))  # (k, G, N, T, a)
+            return h.permute(0, 2, 1, 4, 3).flatten(1)
+        return h.flatten(1)
+
+    def fold(self, u: Tensor) -> Tensor:
+        """The transpose of unfolding: u (k, G, N T, width) ↦ (k, n_z)."""
+        if not self.is_convolution:
+            return u.flatten(1)
+        assert self.z is not None
+        u = u.unflatten(2, (self.output.num_samples, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3)  # (k, N, C·kernel, T)
+        size = self.z.shape[2:] if isinstance(self.module, nn.Conv2d) else (1, self.z.shape[2])
+        return F.fold(u.flatten(0, 1), size, *_window(self.module)).reshape(len(u), -1)
+
+    def unfold_tangent(self, t: Tensor) -> Tensor:
+        """z's change (k, n_z) in rows: (k, G, N T, width)."""
+        assert self.z is not None
+        if not self.is_convolution:
+            return t.unflatten(1, (1, -1, self.weights.shape[2]))
+        columns = self._unfolded(self.z.unflatten(t).flatten(0, 1)).unflatten(0, (len(t), -1))  # (k, N, C·kernel, T)
+        return columns.unflatten(2, (self.groups, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3)
+
+    # the protocol
+
+    @property
+    def pull_back_cost(self) -> float:
+        return self.adjoint.numel() * self.weights.shape[2]
+
+    @property
+    def numbers(self) -> float:
+        return self.rows.numel() + self.adjoint.numel() + 2 * self.weights.numel()
+
+    def pull_back(self, p: Tensor, which: slice = ALL) -> list[Tensor]:
+        rows, (weight, bias) = self.to_rows(p), self.live
+        parts = [
+            None if self.z is None else lambda: self.fold(rows @ self.weights),
+            None if weight is None else lambda: self._flat_weight(rows.mT @ self.rows),
+            None if bias is None else lambda: rows.sum(2).flatten(1),
+            None if self.own is None else lambda: self.to_parameters(rows),
+        ]
+        return [part() for part in [x for x in parts if x is not None][which]]
+
+    def to_parameters_from_left(self, P: Tensor) -> Tensor:
+        """JᵀP (m, k), for P (n_o, k). Without transposed copies, which P may be too large for."""
+        assert self.R is not None
+        if self.is_convolution:
+            rows = P.unflatten(0, (self.output.num_samples, self.groups, len(self.weight) // self.groups, -1))
+            rows = rows.permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)  # (G, N T, a k)
+        else:
+            rows = P.view(1, self.R.shape[1], -1)
+        return (self.R.mT @ rows).view(-1, P.shape[1])
+
+    def _flat_weight(self, X: Tensor) -> Tensor:
+        """(k, G, a, width) as the flat weight (k, ·)."""
+        return (X.mT if isinstance(self.module, nn.Embedding) else X).flatten(1)
+
+    def _weight_tangent(self, t: Tensor) -> Tensor:
+        """The inverse of `_flat_weight`."""
+        return self._grouped(t.unflatten(1, self.weight.shape))
+
+    def push_forward(self, tangents: Sequence[Tensor]) -> Tensor:
+        rest, rows = list(tangents), []
+        if self.z is not None:
+            rows.append(self.unfold_tangent(rest.pop(0)) @ self.weights.mT)
+        weight, bias = self.live
+        if weight is not None:
+            rows.append(self.rows @ self._weight_tangent(rest.pop(0)).mT)
+        if bias is not None:
+            h = rest.pop(0).unflatten(1, (self.groups, 1, -1))
+            rows.append(h.expand(len(h), *self.adjoint.shape))
+        if self.own is not None and self.R is not None:
+            rows.append(self.R @ rest.pop(0).unflatten(1, (self.groups, self.R.shape[2], -1)))
+        return self.from_rows(total(rows))
+
+    def add_curvature(self, blocks: Blocks) -> None:
+        """λ couples W and X to z: ⟨λ, δW δz⟩, and S of Y, which meets z̃[b, k] by λ[g, b, i] Q[g, k, q]."""
+        if self.z is None or not bool(self.adjoint.any()):
+            return
+        if self.live[0] is not None:
+            self._add_product(blocks(0, 1))
+        if self.couples:
+            S, Q, (G, rows, a) = blocks(len(self.inputs) - 1, 0), self._weight_part(), self.adjoint.shape
+            if not self.is_convolution:
+                coupling = S.view(Q.shape[2], a, rows, self.width)
+                coupling.addcmul_(Q[0].T[:, None, None, :], self.adjoint[0].T[None, :, :, None])
+                return
+            T = Q.new_zeros(G, Q.shape[2], a, G, rows, self.width)
+            for g in range(G):
+                T[g, :, :, g] = self.adjoint[g].T[None, :, :, None] * Q[g].T[:, None, None, :]
+            S.add_(self.fold(T.flatten(0, 2)))
+
+    def _add_product(self, block: Tensor) -> None:
+        """⟨λ, δW δz⟩ added to the block (n_z, n_W)."""
+        G, rows, a = self.adjoint.shape
+        width = self.weights.shape[2]
+        unit = torch.eye(width, dtype=self.adjoint.dtype, device=self.adjoint.device)
+        for g in range(G):
+            # of W[g, i, k]: λ[g, ·, i] in column k
+            of_weight = self.adjoint.new_zeros(a, width, G, rows, width)
+            of_weight[:, :, g] = self.adjoint[g].T[:, None, :, None] * unit[None, :, None, :]
+            index = torch.arange(self.weight.numel(), device=unit.device)
+            places = self._grouped(index.view(self.weight.shape))[g].flatten()
+            block.index_add_(1, places, self.fold(of_weight.flatten(0, 1)).T)
+
+    # its own parameters
+
+    def to_parameters(self, rows: Tensor) -> Tensor:
+        """Jᵀ p (k, m), for p (k, n_o) in rows."""
+        assert self.R is not None
+        return (self.R.mT @ rows).flatten(1)
+
+    @property
+    def couples(self) -> bool:
+        """Whether λ couples X to z."""
+        return self.z is not None and self.width > 0
+
+    def _weight_part(self) -> Tensor:
+        """Q (G, width, r) without the bias."""
+        assert self.R is not None
+        if self.Q is not None:
+            return self.Q[:, : self.width]
+        unit = torch.eye(self.width, self.d, dtype=self.R.dtype, device=self.R.device)
+        return unit.expand(self.groups, -1, -1)
+
+    def subtract_outside(self, P: Tensor, epsilon: float) -> None:
+        """P −= (λλᵀ) ⊗ (I − QQᵀ)/ε, folded: what X⊥ adds to the cost-to-go P (n_z, n_z) of z."""
+        if self.Q is None or not self.couples:
+            return
+        G, rows, a = self.adjoint.shape
+        if not self.is_convolution:
+            Q = self.Q[0, : self.width]
+            outside = torch.eye(self.width, dtype=Q.dtype, device=Q.device) - Q @ Q.mT
+            similarity = self.adjoint[0] @ self.adjoint[0].mT
+            P.unflatten(1, (rows, -1)).unflatten(0, (rows, -1)).addcmul_(
+                similarity[:, None, :, None], outside[:, None, :], value=-1 / epsilon
+            )
+            return
+        free = torch.linalg.qr(self.Q, mode="complete").Q[:, : self.width, self.Q.shape[2] :]
+        for g in range(G):
+            L = self.adjoint[g] if a <= rows else torch.linalg.qr(self.adjoint[g].mT).R.mT  # λλᵀ = L Lᵀ
+            C = free.new_zeros(L.shape[1], free.shape[2], G, rows, self.width)
+            C[:, :, g] = L.T[:, None, :, None] * free[g].T[None, :, None, :]
+            folded = self.fold(C.flatten(0, 1))
+            P.addmm_(folded.mT, folded, alpha=-1 / epsilon)
+
+    def num_outside(self) -> int:
+        """The dimensions of X⊥."""
+        return 0 if self.Q is None else self.groups * self.adjoint.shape[2] * (self.d - self.Q.shape[2])
+
+    def block(self, pieces: Sequence[Tensor]) -> Tensor:
+        """X (k, G, a, d), from one flat tensor (k, ·) for each of its parameters."""
+        parts = []
+        for name, piece in zip(self.parameters, pieces, strict=True):
+            is_weight = self.width > 0 and name == self.parameters[0]
+            parts.append(self._weight_tangent(piece) if is_weight else piece.unflatten(1, (self.groups, -1, 1)))
+        return torch.cat(parts, 3)
+
+    def pieces(self, X: Tensor) -> list[Tensor]:
+        """The inverse of `block`."""
+        weight, bias = X.tensor_split((self.width,), 3)
+        found = [self._flat_weight(weight[:, 0] if self.groups == 1 else weight)] if self.width else []
+        return found + ([bias.flatten(1)] if bias.shape[3] else [])
+
+
+class _Window(NamedTuple):
+    """A convolution's, in the order of the arguments of F.unfold and F.fold. One of sequences has height 1."""
+
+    kernel_size: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[int, int]
+    stride: tuple[int, int]
+
+
+def _window(m: nn.Module) -> _Window:
+    assert isinstance(m, nn.Conv1d | nn.Conv2d)
+    if m.padding_mode != "zeros":
+        raise ValueError(f"a convolution with padding_mode={m.padding_mode!r} is not supported: use F.pad before it")
+    total = [d * (k - 1) for d, k in zip(m.dilation, m.kernel_size, strict=True)]
+    if m.padding == "same" and any(x % 2 for x in total):
+        raise ValueError("a convolution with padding='same' and an even kernel is not supported: use F.pad before it")
+    padding = [x // 2 * (m.padding == "same") for x in total] if isinstance(m.padding, str) else m.padding
+
+    def pair(x: Sequence[int], height: int) -> tuple[int, int]:
+        return (height, x[0]) if len(x) == 1 else (x[0], x[1])
+
+    return _Window(pair(m.kernel_size, 1), pair(m.dilation, 1), pair(padding, 0), pair(m.stride, 1))
