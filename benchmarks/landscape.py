@@ -110,8 +110,8 @@ def train_by_adam(task: Task, steps: list[int]) -> Run:
 
 def landscape(quick: bool, picture: Path) -> list[str]:
     """The table; the picture goes to a file."""
-    steps = [0, 1, 10] if quick else [0, *sorted({round(10 ** (k / 6)) for k in range(22)})]
-    runs = [train_by_adam(task, steps) for task in tasks(quick, 12, 8, 8, 64)]
+    steps = [0, 1, 10] if quick else [0, *sorted({round(10 ** (k / 5)) for k in range(18)})]
+    runs = [train_by_adam(task, steps) for task in tasks(quick, 8, 8, 6, 32)]
     draw(runs, picture)
     lines = []
     for run in runs:

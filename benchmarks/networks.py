@@ -255,7 +255,8 @@ def blocks_panel(width: int, found: dict[Case, Measured]) -> Panel:
     marks = [(count, x.seconds) for count, x in stopped.items()]
     title = f"GPT of width {width}, {min(m.num_parameters for m in of_width.values()):,} to "
     title += f"{max(m.num_parameters for m in of_width.values()):,} parameters"
-    return Panel(title, "blocks", "seconds", curves, marks, f"stopped at a residual of {least:.0e} or more")
+    marked = f"stopped at a residual of {least:.0e} or more"
+    return Panel(title, "blocks", "seconds", curves, marks, marked, list(of_width))
 
 
 # ------------------------------------------------------------------------------------------------------ peers

@@ -13,7 +13,10 @@ Points = list[tuple[float, float]]
 
 
 class Panel(NamedTuple):
-    """One log-log plot. `marks` are points to put a ring around, `marked` says what a ring means."""
+    """One log-log plot. `marks` are points to put a ring around, `marked` says what a ring means.
+
+    ticks: integers to label on the x-axis, in place of the powers of 10.
+    """
 
     title: str
     xlabel: str
@@ -21,6 +24,7 @@ class Panel(NamedTuple):
     curves: dict[str, Points]
     marks: Sequence[tuple[float, float]] = ()
     marked: str = ""
+    ticks: Sequence[int] = ()
 
 
 class Report(NamedTuple):
@@ -79,6 +83,9 @@ def write_plots(path: Path, panels: Sequence[Panel]) -> None:
             ring = dict(marker="o", linestyle="", markersize=11, markerfacecolor="none", color="black")
             axis.loglog(*zip(*panel.marks, strict=True), label=panel.marked, **ring)
         axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        if panel.ticks:
+            axis.set_xticks(panel.ticks, [str(x) for x in panel.ticks])
+            axis.set_xticks([], minor=True)
         axis.legend(fontsize="small")
         axis.grid(alpha=0.3, which="both")
     for axis in axes.flat[len(panels) :]:
