@@ -26,7 +26,7 @@ from benchmarks.reach import standardized_digits
 from benchmarks.report import Report, table
 from hessian import TrackedNetwork, factorize_hessian
 
-DAMPINGS = (1e-3, 1e-2, 0.1, 1.0)  # ε: eigenvalues below −ε are counted
+DAMPINGS = (1e-4, 1e-3, 1e-2, 0.1)  # ε: eigenvalues below −ε are counted
 RATE = 3e-3
 TARGETS = (1.0, 0.1, 0.01)  # losses
 ADAM_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -110,7 +110,7 @@ def train_by_adam(task: Task, steps: list[int]) -> Run:
 
 def landscape(quick: bool, picture: Path) -> list[str]:
     """The table; the picture goes to a file."""
-    steps = [0, 1, 10] if quick else [0, *sorted({round(10 ** (k / 5)) for k in range(18)})]
+    steps = [0, 1, 10] if quick else [0, 1, 3, *(round(10 ** (1 + k / 8)) for k in range(20))]
     runs = [train_by_adam(task, steps) for task in tasks(quick, 8, 8, 6, 32)]
     draw(runs, picture)
     lines = []
@@ -133,36 +133,28 @@ def draw(runs: list[Run], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    heights = {"height_ratios": (1, 2.4, 1)}
-    figure, axes = plt.subplots(
-        3,
-        len(runs),
-        figsize=(5.5 * len(runs), 7),
-        sharex=True,
-        squeeze=False,
-        layout="constrained",
-        gridspec_kw=heights,
-    )
-    colors = plt.get_cmap("inferno_r")(torch.linspace(0.15, 0.85, len(DAMPINGS)).tolist())
-    for column, (task, P, points) in enumerate(runs):
-        top, middle, bottom = axes[:, column]
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure = plt.figure(figsize=(6 * len(runs), 7.5), layout="constrained")
+    figure.suptitle("The Hessian along training, by exact inertia", fontsize="large")
+    axes = figure.subplots(3, len(runs), sharex=True, squeeze=False, height_ratios=(1, 2.6, 1))
+    colors = plt.get_cmap("inferno_r")(torch.linspace(0.12, 0.8, len(DAMPINGS)).tolist())
+    for (top, middle, bottom), (task, P, points) in zip(axes.T, runs, strict=True):
         steps = [p.step for p in points]
-        top.semilogy(steps, [p.loss for p in points], color="black")
+        top.semilogy(steps, [p.loss for p in points], color="black", marker=".")
         top.set_title(f"{task.name}\n{P:,} parameters", fontsize="medium")
         for index, (damping, color) in enumerate(zip(DAMPINGS, colors, strict=True)):
             counts = [p.below[index] for p in points]
             middle.fill_between(steps, counts, color=color, label=f"below −{damping:g}", linewidth=0)
             middle.plot(steps, counts, color="white", linewidth=0.8)
         middle.set_ylim(0)
-        bottom.plot(steps, [p.logabsdet for p in points], color=colors[-1])
+        bottom.plot(steps, [p.logabsdet for p in points], color=colors[-1], marker=".")
         bottom.set_xscale("symlog", linthresh=1)
-        bottom.set_xlim(0, steps[-1])
-        bottom.set_xlabel("steps of Adam")
-        for axis in (top, middle, bottom):
-            axis.spines[["top", "right"]].set_visible(False)
-    for axis, label in zip(axes[:, 0], ("loss", "eigenvalues of H", f"log|det(H + {DAMPINGS[0]:g} I)|"), strict=True):
-        axis.set_ylabel(label)
+        bottom.set(xlim=(0, steps[-1]), xlabel="steps of Adam")
     axes[1, -1].legend(frameon=False)
+    labels = "loss", "eigenvalues of H", f"log|det(H + εI)|\nε = {DAMPINGS[0]:g}"
+    for axis, label in zip(axes[:, 0], labels, strict=True):
+        axis.set_ylabel(label)
+    figure.align_ylabels()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     print(f"Plot: {path}")
