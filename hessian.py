@@ -98,7 +98,7 @@ from _hessian.argument_checks import (
     checked_widths,
 )
 from _hessian.carried_pivots import SweepInputs, carry, prepare, with_carried
-from _hessian.checkpoints import Checkpoints, Memory
+from _hessian.checkpoints import Checkpoints, Memory, even_starts
 from _hessian.costs import (
     DENSE_CHUNK,
     RouteCost,
@@ -564,8 +564,7 @@ class _Sweep:
         self.inputs = prepare(layers) if inputs is None else inputs
         eliminate = partial(_eliminate_layer, layers, self.inputs, epsilons, many_classes)
         self._pivots: list[Pivot] = []  # last layer first
-        starts = range(len(layers) - 1, -1, -(math.isqrt(len(layers) - 1) + 1))
-        self._checkpoints = Checkpoints(eliminate, starts) if checkpoint else None
+        self._checkpoints = Checkpoints(eliminate, even_starts(len(layers))) if checkpoint else None
         self.num_negative, self.logabsdet, above = 0, 0.0, None
         keeps = solvable and not checkpoint
         memory = Memory(None if keeps else 1)
@@ -668,7 +667,7 @@ def _factor(
         formed if isinstance(formed, SweepInputs) else None,
         prefers_many_classes(shapes_of_layers(layers), len(layers[0].inputs)),
         definite_only=definite_only,
-        solvable=settings.keep == "solve",
+        solvable=settings.keep != "inertia",
         checkpoint=settings.checkpoint_layers,
     )
     return sweep, sweep.inputs
@@ -714,7 +713,8 @@ def factorize_hessian(
     precision: 'mixed' factors in float32, in half of the memory, and faster where N × width is large. Solves are
         refined in float64 to the same certificate. A trial solve decides whether the float32 factor will do; else it
         is made anew in float64, as `.precision` says. Eigenvalues within 1e-5 ‖H‖ of −ε may be miscounted by it.
-    keep: 'inertia' keeps nothing, for the counts alone; a sweep then takes the memory of one layer.
+    keep: 'inertia' keeps nothing, for the counts alone; a sweep then takes the memory of one layer. 'disk' keeps the
+        factor of a TrackedNetwork in temporary files, which every direct solve reads twice.
     checkpoint_layers: keep every √L-th cost-to-go only: O(√L (N a)²) memory. A direct solve then costs two
         factorizations, and so does each refinement step.
 

@@ -204,7 +204,7 @@ def check_choices(**chosen: str) -> None:
     choices = {
         "route": ("auto", "sweep", "dense", "gram"),
         "precision": ("float64", "mixed"),
-        "keep": ("solve", "inertia"),
+        "keep": ("solve", "disk", "inertia"),
     }
     for name, value in chosen.items():
         if value not in choices[name]:

@@ -38,6 +38,11 @@ class Memory:
         return self._slots[key][:size].view(shape)
 
 
+def even_starts(num_layers: int) -> range:
+    """The highest layers of segments of √L layers, last one first."""
+    return range(num_layers - 1, -1, -(math.isqrt(num_layers - 1) + 1))
+
+
 class State(Protocol):
     """What an elimination goes on from. It may change it in place."""
 

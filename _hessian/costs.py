@@ -247,6 +247,10 @@ def checked_route(layers: Sequence[LayerDerivatives], settings: Settings, *, for
     """settings.route, or for 'auto' the one with the fewest operations; MemoryError where it won't fit, naming the
     changes that make it fit. formed: H, or the Gram matrix, is there already. may_mix: precision='mixed' can be
     chosen."""
+    if settings.keep == "disk":
+        raise ValueError(
+            "keep='disk' is for a TrackedNetwork: choose 'solve', or checkpoint_layers=True for less memory"
+        )
     shapes, N, device = shapes_of_layers(layers), len(layers[0].inputs), layers[0].weight.device
     # the Gram route knows no state damping, and divides by ε
     may_gram = settings.curvature == "gauss_newton" and settings.state_damping == 0 and all(settings.epsilons(1))

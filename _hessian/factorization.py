@@ -127,7 +127,7 @@ class HessianFactorization:
     damping: Damping  # as asked for: a float, or one a layer
     state_damping: float  # μ
     precision: str  # of the factor: 'float64', or 'mixed': float32
-    keep: str  # 'solve' or 'inertia'
+    keep: str  # 'solve', 'disk' or 'inertia'
     checkpoint_layers: bool
     num_parameters: int
     num_negative_eigenvalues: int  # of H + εI, by Sylvester's law of inertia
@@ -356,7 +356,7 @@ def factorize_system(
     definite_only: raise NotPositiveDefinite where it is not. formed: what the route needs that no damping changes, if
     it was formed before; it is kept unchanged. fell_back: from a float32 factor.
     """
-    solvable = settings.keep == "solve"
+    solvable = settings.keep != "inertia"
     route = system.choose_route(settings, formed=formed is not None, may_mix=not fell_back)
     settings = settings._replace(route=route)
     try:

@@ -87,7 +87,7 @@ def sweep_cost(program: Program, settings: Settings) -> RouteCost:
     steps = step_costs(program)
     operations, kept = sum(x.operations for x in steps), sum(x.kept for x in steps)
     solve = sum(x.solve_operations for x in steps)
-    if settings.keep == "inertia":
+    if settings.keep != "solve":
         kept = 0.0
     elif settings.checkpoint_layers:
         starts = [len(steps) - 1 - i for i in checkpoint_starts(program)]

@@ -14,6 +14,8 @@ after its last operation in this order, or later, once fewer values are live (`e
 from __future__ import annotations
 
 import math
+import mmap
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -127,6 +129,10 @@ class Pivot(NamedTuple):
     coupling: Tensor  # (m, n)
     places: dict[Value, slice]  # in the columns of the coupling
 
+    def on_disk(self) -> Pivot:
+        factor = self.factor._replace(matrix=_mapped(self.factor.matrix))
+        return self._replace(factor=factor, coupling=_mapped(self.coupling))
+
     def backward(self, q: Tensor) -> tuple[Tensor, dict[Value, Tensor]]:
         """From q (k, m): what `forward` needs, and BᵀG⁻¹q by values."""
         white = self.factor.whiten_vectors(q.contiguous())
@@ -141,11 +147,25 @@ class Pivot(NamedTuple):
         return self.factor.unwhiten_vectors(e)
 
 
+def _mapped(x: Tensor) -> Tensor:
+    """x in a temporary file that is deleted with it, read as it is used."""
+    if x.numel() < mmap.PAGESIZE:
+        return x
+    with tempfile.TemporaryFile() as file:
+        x.numpy().tofile(file)
+        file.flush()
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(memory, dtype=x.dtype).view(x.shape)
+
+
 class Step(NamedTuple):
     """One operation eliminated, and the parameters after it."""
 
     operation: Operation
     pivots: list[tuple[Value, Pivot]]
+
+    def on_disk(self) -> Step:
+        return self._replace(pivots=[(value, pivot.on_disk()) for value, pivot in self.pivots])
 
 
 class Count(NamedTuple):
@@ -156,7 +176,8 @@ class Count(NamedTuple):
 class GraphSweep:
     """H + diag(ε), factored by elimination on the graph.
 
-    solvable: keep the pivots. starts: recompute them in each solve instead, from states kept above these operations.
+    keep: what becomes of the pivots, as in `factorize_hessian`.
+    starts: recompute them in each solve instead, from states kept above these operations.
     """
 
     def __init__(
@@ -165,7 +186,7 @@ class GraphSweep:
         epsilons: Mapping[str, float],
         *,
         definite_only: bool,
-        solvable: bool,
+        keep: str,
         starts: Sequence[int] = (),
     ):
         self.program, self.epsilons, self._definite_only = program, epsilons, definite_only
@@ -180,8 +201,8 @@ class GraphSweep:
                 self._checkpoints.keep(index, state)
             step, count, state = self._eliminate(index, state)
             self.num_negative, self.logabsdet = self.num_negative + count.negative, self.logabsdet + count.logabsdet
-            if solvable and self._checkpoints is None:
-                self._steps.append(step)
+            if keep != "inertia" and self._checkpoints is None:
+                self._steps.append(step.on_disk() if keep == "disk" else step)
             del step  # its memory is free before the next one is made
 
     def _at_output(self) -> State:

@@ -214,7 +214,9 @@ class Network(NamedTuple):
         route = settings.route
         if route == "gram":
             raise ValueError("route='gram' is for DeepMLPWithTracking: choose 'sweep', 'dense' or 'auto'")
-        if settings.checkpoint_layers:
+        if settings.keep == "disk" and self.device.type != "cpu":
+            raise ValueError("keep='disk' is for the CPU: choose keep='solve' or checkpoint_layers=True")
+        if settings.checkpoint_layers or settings.keep == "disk":
             route = "sweep"
         elif route == "auto":
             costs = self.costs(settings)
@@ -236,6 +238,7 @@ class Network(NamedTuple):
             "precision='mixed'": settings._replace(precision="mixed"),
             "checkpoint_layers=True": settings._replace(checkpoint_layers=True),
             "checkpoint_layers=True, precision='mixed'": settings._replace(checkpoint_layers=True, precision="mixed"),
+            "keep='disk'": settings._replace(keep="disk", checkpoint_layers=False),
             "keep='inertia', for the counts alone": settings._replace(keep="inertia", checkpoint_layers=False),
         }
         fits = [
@@ -259,12 +262,11 @@ class Network(NamedTuple):
             for operation in self.program.operations
             if isinstance(operation, Affine)
         )
-        solvable = settings.keep == "solve"
         program = self._make_program(separate)
-        starts = checkpoint_starts(program) if settings.checkpoint_layers and solvable else ()
+        starts = checkpoint_starts(program) if settings.checkpoint_layers and settings.keep == "solve" else ()
         if settings.precision == "mixed":
             program = program.in_float32()
-        return GraphSweep(program, epsilons, definite_only=definite_only, solvable=solvable, starts=starts), None
+        return GraphSweep(program, epsilons, definite_only=definite_only, keep=settings.keep, starts=starts), None
 
 
 def network_system(model: TrackedNetwork, loss: Tensor, curvature: str, state_damping: float) -> Network:

@@ -333,7 +333,7 @@ def main(argv: list[str]) -> None:
     of_blocks.add_argument("--blocks", type=int, nargs="+")
     of_blocks.add_argument("--precision", choices=("float64", "mixed"), default="float64")
     of_blocks.add_argument("--checkpoint-layers", action="store_true")
-    of_blocks.add_argument("--keep", choices=("solve", "inertia"), default="solve")
+    of_blocks.add_argument("--keep", choices=("solve", "disk", "inertia"), default="solve")
     of_blocks.add_argument("--rival-seconds", type=float, help="of MINRES; default twice our own; 0: no rival")
     args = parser.parse_args(argv)
     use_threads(args.threads)

@@ -6,6 +6,8 @@ it.
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -145,6 +147,9 @@ def test_float32_factors_and_checkpoints(name, monkeypatch):
             assert f.num_negative_eigenvalues == plain.num_negative_eigenvalues
             assert f.logabsdet == pytest.approx(plain.logabsdet, abs=1e-3 * len(H))
         assert f.residual(f.solve(v), v).max() <= 1e-8
+    monkeypatch.setattr(mmap, "PAGESIZE", 16)
+    on_disk = factorize_hessian(model, loss, 0.1, keep="disk")
+    assert on_disk.route == "sweep" and torch.equal(plain.solve(v, rtol=None), on_disk.solve(v, rtol=None))
     counts = factorize_hessian(model, loss, 0.1, route="sweep", keep="inertia")
     assert counts.logabsdet == plain.logabsdet and counts._factor is None
 
