@@ -147,6 +147,8 @@ def test_the_state_is_what_is_live_at_the_widest_cut():
     skip = Skip().double()
     for net, numbers in ((chain, 6), (skip, 7 + 7)):  # beside the branch, the stream
         assert largest_state(network_problem(net, x, y % 3).factorize()) == 4 * numbers
+    one, three = (largest_state(gpt_problem(count, 16).factorize()) for count in (1, 3))
+    assert one == three  # what was eliminated is no longer live
 
 
 def test_points_of_the_landscape_are_those_of_eigenvalues():
