@@ -163,7 +163,7 @@ def test_points_of_the_landscape_are_those_of_eigenvalues():
 
 
 def test_seconds_to_targets_are_of_the_first_losses_below_them():
-    first, second, third = seconds_to_targets(iter((2.0, 0.05, 0.5, 0.009, math.nan)), 60)
+    first, second, third = seconds_to_targets(iter((2.0, 0.25, 0.5, 0.009, math.nan)), 60)
     assert first == second < third
     assert seconds_to_targets(iter((2.0, 0.5, 0.4)), 60)[1:] == [None, None]
     model, data = landscape_tasks(True, 0, 0, 0, 0)[1].start()
