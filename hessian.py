@@ -135,6 +135,7 @@ from _hessian.layers import (
 from _hessian.losses import loss_derivatives, loss_value
 from _hessian.many_classes import eliminate_many_classes
 from _hessian.network import TrackedNetwork, network_system
+from _hessian.operations import OperationDerivatives
 from _hessian.pivots import CostToGo, Count, DensePivot, Eliminated, Pivot, output_cost_to_go, singular_pivot
 from _hessian.reduced_parameters import Reduced, assemble_solution, split_right_hand_side
 from _hessian.refinement import MinimumNorm, minimum_norm
@@ -147,6 +148,7 @@ __all__ = [
     "DeepMLPWithTracking",
     "HessianFactorization",
     "LayerDerivatives",
+    "OperationDerivatives",
     "OutputHessian",
     "RouteCost",
     "SingularHessianError",

@@ -232,7 +232,8 @@ PUBLIC = {
         "OutputHessian": "diagonal, zero_sum",
         "RouteCost": "operations, solve_operations, bytes",
         "SingularHessianError": "message, *, layer=None, damping=None, residual=None",
-        "TrackedNetwork": "net, loss='cross_entropy', *, class_dim=None",
+        "OperationDerivatives": "region, tensors, beta",
+        "TrackedNetwork": "net, loss='cross_entropy', *, class_dim=None, closed_forms=None",
         "compute_layer_derivatives": "model",
         "estimate_cost": "model, batch_size, *, curvature='hessian', precision='float64', keep='solve', "
         "checkpoint_layers=False",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from scipy.sparse import bmat, coo_array
 from scipy.sparse.csgraph import connected_components
-from torch import Tensor
+from torch import Tensor, nn
 
 from _hessian.graph import Region, Value, kind_of
 from _hessian.operations import (
@@ -19,7 +19,7 @@ from _hessian.operations import (
     Blocks,
     Elementwise,
     Linear,
-    RegionOperation,
+    OperationDerivatives,
     largest_error,
     total,
     transposed_jacobian,
@@ -55,7 +55,7 @@ class Split(NamedTuple):
 _WHOLE = Split(1)
 
 
-class General(RegionOperation):
+class General(OperationDerivatives):
     """Activations are split into components that don't meet in this operation: samples, and within them tokens, heads,
     windows. Derivatives have one dense block a component, A_i (K, c_o, c_i). For a parameter without the batch: one in
     all, (1, n_o, n_i). Second derivatives are formed where they are added, and not kept."""
@@ -220,10 +220,19 @@ def _components(patterns: Sequence[Tensor]) -> list[Tensor] | None:
     return local
 
 
-def linearize(region: Region, tensors: Sequence[Tensor], beta: Tensor) -> Elementwise | Linear | General:
+ClosedForms = Mapping[type[nn.Module], type[OperationDerivatives]]
+
+
+def linearize(
+    region: Region, tensors: Sequence[Tensor], beta: Tensor, closed_forms: ClosedForms
+) -> OperationDerivatives:
     """The region with its derivatives, checked."""
-    kinds: dict[str, type[Elementwise | Linear | General]]
+    kinds: dict[str, type[OperationDerivatives]]
     kinds = {"elementwise": Elementwise, "linear": Linear, "general": General}
-    operation = kinds[kind_of(region, tensors)](region, tensors, beta)
+    if region.module is None:
+        operation = kinds[kind_of(region, tensors)](region, tensors, beta)
+    else:
+        kind = next(found for module, found in closed_forms.items() if isinstance(region.module, module))
+        operation = kind(region, tensors, beta)
     operation.check_derivatives()
     return operation

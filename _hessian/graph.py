@@ -50,6 +50,7 @@ class Region(NamedTuple):
     output: Value
     inputs: tuple[Value, ...]
     run: Callable[..., Tensor]
+    module: nn.Module | None = None  # whose kind has closed forms
 
 
 class AffineNode(NamedTuple):
@@ -92,10 +93,17 @@ def _tensor(x: object) -> Tensor:
 
 
 class Builder:
-    """Turns a traced graph at one batch into operations. trainable: names of the parameters with a tangent."""
+    """Turns a traced graph at one batch into operations. trainable: names of the parameters with a tangent.
+    closed_forms: kinds of modules that are an operation each."""
 
-    def __init__(self, traced: Traced, inputs: Sequence[Tensor], trainable: Sequence[str]):
-        self.traced, self.inputs, self.N = traced.module, inputs, len(inputs[0])
+    def __init__(
+        self,
+        traced: Traced,
+        inputs: Sequence[Tensor],
+        trainable: Sequence[str],
+        closed_forms: tuple[type[nn.Module], ...] = (),
+    ):
+        self.traced, self.inputs, self.N, self._closed_forms = traced.module, inputs, len(inputs[0]), closed_forms
         *nodes, output = traced.module.graph.nodes
         if not isinstance(output.args[0], fx.Node):
             raise ValueError("the network must return one tensor (N, …), got a tuple or dict of them")
@@ -227,7 +235,11 @@ class Builder:
                 interpreter.env[node] = interpreter.run_node(node)
             return _tensor(interpreter.env[last])
 
-        return Region(self.values[last], inputs, function)
+        return Region(self.values[last], inputs, function, self._closed_form(last))
+
+    def _closed_form(self, node: fx.Node) -> nn.Module | None:
+        module = self.traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return module if isinstance(module, self._closed_forms) else None
 
     def build(self, separate_biases: bool = False) -> Graph:
         """separate_biases: a bias is not reduced together with its weight, so that it can have another damping."""
@@ -240,9 +252,10 @@ class Builder:
             for item, count in ((arguments.weight, 1), (arguments.bias, 2 if separate_biases else 1)):
                 if (name := self._parameter(item)) is not None:
                     uses[name] += count
-        plain = [x for x in self.values if x.op != "get_attr" and x not in affine]
+        closed = {x: {x} for x in self.values if self._closed_form(x) is not None}
+        plain = [x for x in self.values if x.op != "get_attr" and x not in affine and x not in closed]
         kinds = {node: kind_of(self.region(node, {node}), self._inputs({node})) for node in plain}
-        groups = self._merged(plain, kinds)
+        groups = self._merged(plain, kinds) | closed
         operations: list[Region | AffineNode] = []
         for node in self.nodes:
             if node in affine:

@@ -17,6 +17,7 @@ from _hessian.argument_checks import check_loss, check_tracked
 from _hessian.costs import RouteCost, factor_operations, free_bytes
 from _hessian.dense import dense_matrix, factor_dense
 from _hessian.factorization import Factor
+from _hessian.general_operation import ClosedForms
 from _hessian.graph import Builder
 from _hessian.graph_costs import checkpoint_starts, sweep_cost
 from _hessian.graph_elimination import GraphSweep, Program
@@ -41,11 +42,19 @@ class TrackedNetwork(nn.Module):
     - a loss module of torch with reduction 'mean' or 'sum';
     - a function (outputs, targets) ↦ (N,) losses, of which the mean is taken.
     class_dim: 1 or −1, where the classes of a 'cross_entropy' are, if the targets' shape doesn't tell.
+    closed_forms: your own derivatives (`OperationDerivatives`) by the kind of module, which has no parameters.
 
     `model(x)` is `net(x)`; `model(x, y)` the loss; `model(x, y, track_activations=True)` the same loss, tracked.
     """
 
-    def __init__(self, net: nn.Module, loss: str | LossFunction = "cross_entropy", *, class_dim: int | None = None):
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: str | LossFunction = "cross_entropy",
+        *,
+        class_dim: int | None = None,
+        closed_forms: ClosedForms | None = None,
+    ):
         super().__init__()
         if not isinstance(net, nn.Module):
             raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
@@ -55,7 +64,7 @@ class TrackedNetwork(nn.Module):
             raise ValueError("a loss module needs reduction='mean' or 'sum', got 'none'")
         if class_dim not in (None, 1, -1):
             raise ValueError(f"class_dim must be 1 or -1, got {class_dim!r}")
-        self.net, self.loss, self.class_dim = net, loss, class_dim
+        self.net, self.loss, self.class_dim, self.closed_forms = net, loss, class_dim, dict(closed_forms or {})
         self._tracked: TrackedBatch[tuple[Tensor, ...]] | None = None
 
     def forward(self, x: Tensor | tuple[Tensor, ...], targets: Tensor | None = None, track_activations: bool = False):
@@ -149,6 +158,7 @@ class Network(NamedTuple):
     loss: Callable[[Tensor], Tensor]
     gauss_newton: bool
     state_damping: float
+    closed_forms: ClosedForms
     kept: _Kept
 
     @property
@@ -177,6 +187,7 @@ class Network(NamedTuple):
                 self.gauss_newton,
                 self.state_damping,
                 separate_biases,
+                self.closed_forms,
             )
             self.kept.programs[separate_biases] = program
         return self.kept.programs[separate_biases]
@@ -287,11 +298,12 @@ def network_system(model: TrackedNetwork, loss: Tensor, curvature: str, state_da
         raise ValueError("all parameters are frozen (requires_grad=False): H is that of those which are not")
     return Network(
         net,
-        trace(net, inputs),
+        trace(net, inputs, tuple(model.closed_forms)),
         inputs,
         parameters,
         lambda outputs: copied.loss_value(outputs, targets),
         curvature == "gauss_newton",
         state_damping,
+        model.closed_forms,
         _Kept(),
     )

@@ -75,10 +75,16 @@ class Probe(NamedTuple):
     second: list[Tensor]  # Σ_j M_ij t_j
 
 
-class RegionOperation(Rounding):
-    """What the kinds that are not affine share."""
+class OperationDerivatives(Rounding):
+    """Derivatives of an operation without parameters of its own, at one batch. Subclass it to give a kind of module
+    closed forms (USAGE shows one): `__init__`, `pull_back`, `push_forward` and `add_curvature`.
+
+    `output` and `inputs` are `Value`s, whose `unflatten` gives (k, n) its shape, (k, *shape), and `flatten` takes it.
+    rounded: names of the attributes that a factor in float32 takes in float32.
+    """
 
     def __init__(self, region: Region, tensors: Sequence[Tensor], beta: Tensor):
+        """tensors: the inputs' values, in float64. beta: β, the loss's derivative in the output."""
         self.output, self.inputs = region.output, region.inputs
         self._region, self._tensors, self._beta = region, tensors, beta
 
@@ -100,11 +106,28 @@ class RegionOperation(Rounding):
         self._compare(self._times_second(probe.tangents), probe.second)
 
     def pull_back(self, p: Tensor, which: slice = ALL) -> list[Tensor]:
+        """A_iᵀ p (k, n_i) of inputs[which], for p (k, n_o). In memory of their own."""
+        raise NotImplementedError
+
+    def push_forward(self, tangents: Sequence[Tensor]) -> Tensor:
+        """Σ A_i t_i (k, n_o), for t_i (k, n_i)."""
+        raise NotImplementedError
+
+    def add_curvature(self, blocks: Blocks) -> None:
+        """M_ij added to the blocks(i, j), i ≤ j, in their dtype."""
         raise NotImplementedError
 
     def _times_second(self, tangents: Sequence[Tensor]) -> list[Tensor]:
         """Σ_j M_ij t_j of each input."""
-        return [torch.zeros_like(t) for t in tangents]
+        blocks: dict[tuple[int, int], Tensor] = {}
+        sizes = [value.size for value in self.inputs]
+        self.add_curvature(lambda i, j: blocks.setdefault((i, j), self._beta.new_zeros(sizes[i], sizes[j])))
+        products = [torch.zeros_like(t) for t in tangents]
+        for (i, j), M in blocks.items():
+            products[i] += tangents[j] @ M.mT
+            if i != j:
+                products[j] += tangents[i] @ M
+        return products
 
     def _probe(self) -> Probe:
         generator = torch.Generator().manual_seed(0)
@@ -146,7 +169,7 @@ def largest_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     )
 
 
-class Elementwise(RegionOperation):
+class Elementwise(OperationDerivatives):
     """Diagonal derivatives, after inputs are broadcast to the output's shape."""
 
     rounded = ("slopes", "second")
@@ -209,7 +232,7 @@ class Elementwise(RegionOperation):
         ]
 
 
-class Linear(RegionOperation):
+class Linear(OperationDerivatives):
     """Second derivatives are zero here. Jacobians are applied by autograd in float64, never stored."""
 
     def __init__(self, region: Region, tensors: Sequence[Tensor], beta: Tensor):

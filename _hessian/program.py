@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from _hessian.affine_operation import Affine
 from _hessian.argument_checks import check_used
-from _hessian.general_operation import linearize
+from _hessian.general_operation import ClosedForms, linearize
 from _hessian.graph import AffineNode, Builder
 from _hessian.graph_elimination import Program, elimination_points
 from _hessian.operations import Operation, transposed_jacobian
@@ -25,12 +26,13 @@ def make_program(
     gauss_newton: bool,
     state_damping: float = 0.0,
     separate_biases: bool = False,
+    closed_forms: ClosedForms = MappingProxyType({}),
 ) -> tuple[Program, Builder]:
     """loss: outputs (N, …) ↦ the mean loss, in float64. trainable: names and sizes of the parameters.
 
     Raises ArithmeticError where torch's derivatives of an operation, under vmap, are not those of a double backward.
     """
-    builder = Builder(traced, inputs, list(trainable))
+    builder = Builder(traced, inputs, list(trainable), tuple(closed_forms))
     graph = builder.build(separate_biases)
     betas = builder.adjoints(loss)
     operations: list[Operation] = []
@@ -40,7 +42,7 @@ def make_program(
         if isinstance(node, AffineNode):
             operations.append(Affine(node, beta))
         else:
-            operations.append(linearize(node, [graph.tensors[x] for x in node.inputs], beta))
+            operations.append(linearize(node, [graph.tensors[x] for x in node.inputs], beta, closed_forms))
     outputs = graph.tensors[graph.output]
     charge = state_damping / len(outputs)
     parameters = {

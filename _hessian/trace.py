@@ -45,8 +45,12 @@ class Traced(NamedTuple):
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, leaves: tuple[type[nn.Module], ...]):
+        super().__init__()
+        self._leaves = leaves + LEAVES + _UNTRACEABLE
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LEAVES + _UNTRACEABLE) or _written_out(m) is not None or _plain(m)
+        return isinstance(m, self._leaves) or _written_out(m) is not None or _plain(m)
 
 
 def _plain(m: nn.Module) -> bool:
@@ -54,8 +58,11 @@ def _plain(m: nn.Module) -> bool:
     return m.__module__.startswith("torch.nn") and not list(m.parameters()) and not list(m.children())
 
 
-def trace(net: nn.Module, inputs: Sequence[Tensor]) -> Traced:
-    """The graph of a float64 copy of `net`, norms and attention written out. The copy shares nothing with `net`."""
+def trace(net: nn.Module, inputs: Sequence[Tensor], leaves: tuple[type[nn.Module], ...] = ()) -> Traced:
+    """The graph of a float64 copy of `net`, norms and attention written out. The copy shares nothing with `net`.
+
+    leaves: kinds of modules not to look into, which must have no parameters.
+    """
     check_modules(net)
     net = copy.deepcopy(net).double()
     names = {id(p): name for name, p in net.named_parameters()}
@@ -65,7 +72,13 @@ def trace(net: nn.Module, inputs: Sequence[Tensor]) -> Traced:
         for name, child in module.named_children():
             if isinstance(child, nn.MultiheadAttention):
                 setattr(module, name, WrittenAttention(child))
-    tracer = _Tracer()
+    for name, module in net.named_modules():
+        if isinstance(module, leaves) and list(module.parameters()):
+            raise ValueError(
+                f"{name} of kind {type(module).__name__} has parameters: closed forms are for modules without any. "
+                "Make it of nn.Linear and a module that takes its output"
+            )
+    tracer = _Tracer(leaves)
     try:
         with _traced_factories():
             graph = tracer.trace(net)

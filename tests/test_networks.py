@@ -19,6 +19,7 @@ from _hessian.trace import layer_norm
 from benchmarks.example_networks import EXAMPLES, DenselyConnected, TwoInputs, build
 from hessian import (
     DeepMLPWithTracking,
+    OperationDerivatives,
     TrackedNetwork,
     factorize_hessian,
     hessian_inverse_vector_product,
@@ -356,3 +357,49 @@ def test_wrong_calls():
         net.a.bias.add_(1)
     with pytest.raises(ValueError, match="parameters changed"):
         factorize_hessian(model, loss, 0.1)
+
+
+class Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x
+
+
+class SquareDerivatives(OperationDerivatives):
+    second = 2.0
+
+    def __init__(self, region, tensors, beta):
+        super().__init__(region, tensors, beta)
+        self.slope, self.curvature = 2 * tensors[0].flatten(), self.second * beta.flatten()
+
+    def pull_back(self, p, which=slice(None)):
+        return [self.slope * p][which]
+
+    def push_forward(self, tangents):
+        return self.slope * tangents[0]
+
+    def add_curvature(self, blocks):
+        blocks(0, 0).diagonal().add_(self.curvature)
+
+
+class WrongDerivatives(SquareDerivatives):
+    second = 2.1
+
+
+def test_closed_forms_of_a_module():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), Square(), nn.Linear(4, 3)).double()
+    x, y = random_vector(5, 3), torch.tensor([0, 2, 1, 1, 0])
+    given, found, wrong = (
+        TrackedNetwork(net, closed_forms=forms)
+        for forms in ({Square: SquareDerivatives}, None, {Square: WrongDerivatives})
+    )
+    f, g = (
+        factorize_hessian(model, model(x, y, track_activations=True), 0.1, route="sweep") for model in (given, found)
+    )
+    assert isinstance(f._system.program.operations[1], SquareDerivatives)
+    assert f.logabsdet == pytest.approx(g.logabsdet, rel=1e-12)
+    with pytest.raises(ArithmeticError, match="derivatives of _1"):
+        factorize_hessian(wrong, wrong(x, y, track_activations=True), 0.1, route="sweep")
+    model = TrackedNetwork(net, closed_forms={nn.Sequential: SquareDerivatives})
+    with pytest.raises(ValueError, match="Sequential has parameters"):
+        factorize_hessian(model, model(x, y, track_activations=True), 0.1, route="sweep")
