@@ -100,15 +100,13 @@ from _hessian.argument_checks import (
 from _hessian.carried_pivots import SweepInputs, carry, prepare, with_carried
 from _hessian.checkpoints import Checkpoints, Memory, even_starts
 from _hessian.costs import (
-    DENSE_CHUNK,
     RouteCost,
-    num_parameters,
     prefers_many_classes,
     route_costs,
     shapes_of_layers,
     shapes_of_linears,
 )
-from _hessian.dense import dense_matrix, factor_dense
+from _hessian.dense import dense_hessian, factor_dense
 from _hessian.factorization import (
     Chain,
     Factor,
@@ -354,10 +352,8 @@ def _product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
 
 
 def _dense_hessian(layers: Sequence[LayerDerivatives]) -> Tensor:
-    """H (P, P), by products."""
-    P = num_parameters(shapes_of_layers(layers))
-    state = sum(layer.inputs.numel() + 4 * layer.slope.numel() for layer in layers) + P  # numbers a column
-    return dense_matrix(partial(_product, layers), layers[0].weight, P, max(1, DENSE_CHUNK // (8 * state)))
+    """H (P, P)."""
+    return dense_hessian(layers, partial(_product, layers))
 
 
 def hessian_vector_product(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -13,9 +14,9 @@ from torch import nn
 
 from _hessian.layers import LayerDerivatives
 from _hessian.settings import Settings
-from _hessian.symmetric_factor import BLOCK
+from _hessian.symmetric_factor import block_size
 
-DENSE_CHUNK = 2**28  # bytes: temporaries of the dense Hessian are formed in chunks of this
+DENSE_CHUNK = 2**27  # bytes: temporaries of the dense Hessian are formed in chunks of this
 _CLASS_CHUNK = 2**28  # bytes: the couplings of many classes are formed in chunks of this
 _PLAIN = Settings()
 _cached = lru_cache(maxsize=64)  # one factorization asks for the same more than once, and so does the next one
@@ -63,17 +64,17 @@ class LayerOperations(NamedTuple):
 
 def factor_operations(m: float) -> float:
     """Of a symmetric matrix (m, m) by blocks; of a small one, with its inverse."""
-    return m**3 / 3 + min(BLOCK, m) * m**2
+    return m**3 / 3 + min(block_size(m), m) * m**2
 
 
 def whiten_operations(m: float, n: float) -> float:
     """F⁻¹B for B (m, n)."""
-    return (m + min(BLOCK, m)) * m * n
+    return (m + min(block_size(m), m)) * m * n
 
 
 def update_operations(m: float, n: float) -> float:
     """WᵀW for W (m, n), one half of it by blocks; of a small one, all of it."""
-    return (n + min(BLOCK, n)) * m * n
+    return (n + min(block_size(n), n)) * m * n
 
 
 def layer_operations(shapes: Sequence[LayerShape], index: int, N: int, many_classes: bool = False) -> LayerOperations:
@@ -116,6 +117,16 @@ def product_operations(shapes: Sequence[LayerShape], N: int) -> float:
     return sum(N * x.a * (4 * x.d + (8 * x.width if index else 0)) for index, x in enumerate(shapes))
 
 
+def _dense_operations(shapes: Sequence[LayerShape], N: int, coupled: bool) -> float:
+    """To form H: the sensitivities of each layer to those below, and two products over the samples a pair of layers."""
+    operations, parameters, widths = 0.0, 0.0, 0.0  # those below
+    for x in shapes:
+        coupling = x.a * x.width * parameters if coupled else 0
+        operations += 2 * N * (2 * widths * x.a * x.width + x.a * x.d * (parameters + x.a * x.d) + coupling)
+        parameters, widths = parameters + x.a * x.d, widths + x.a
+    return operations
+
+
 def num_scaled_outputs(shapes: Sequence[LayerShape]) -> int:
     """K, the columns of Λ's square root."""
     return shapes[-1].a - shapes[-1].zero_sum
@@ -128,7 +139,7 @@ def count_operations(shapes: tuple[LayerShape, ...], N: int, gauss_newton: bool 
     operations = {
         "sweep": sum(sum(layer_operations(shapes, index, N, many)) for index in range(len(shapes)))
         + natural_operations(shapes, N),
-        "dense": P * product_operations(shapes, N) + factor_operations(P),
+        "dense": _dense_operations(shapes, N, not gauss_newton) + factor_operations(P),
     }
     derivatives = 4 * N * P
     if gauss_newton:
@@ -208,11 +219,12 @@ def route_costs(shapes: tuple[LayerShape, ...], N: int, settings: Settings = _PL
     P, operations = num_parameters(shapes), count_operations(shapes, N, settings.curvature == "gauss_newton")
     derivatives = sum(x.a * x.width + N * x.d + 3 * N * x.a + min(N, x.d) * (N + x.d) for x in shapes)
     outside = sum(x.width**2 for x in shapes[1:] if N < x.d)  # of the samples' span
+    sensitivities = sum(x.a * below for x, below in zip(shapes, accumulate(x.a for x in shapes), strict=True))
     sweep = outside + _sweep_numbers(shapes, N, settings.keep, settings.checkpoint_layers)
     mixed = settings.precision == "mixed"
     needed = {
         "sweep": 8 * derivatives + (4 * (derivatives + sweep) if mixed else 8 * sweep),
-        "dense": 8 * derivatives + 8 * P * P + max(8 * P * P, min(DENSE_CHUNK, 8 * P * (derivatives + P))),
+        "dense": 8 * derivatives + 8 * P * P + max(8 * P * P, min(DENSE_CHUNK, 8 * (3 * N * sensitivities + P * P))),
     }
     if "gram" in operations:
         n = N * num_scaled_outputs(shapes)

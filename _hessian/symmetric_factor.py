@@ -368,7 +368,7 @@ def subtract_gram_below(P: Tensor, W: Tensor, signs: Tensor | None) -> None:
     subtract_gram_below(P[half:, half:], right, signs)
 
 
-def block_size(m: int) -> int:
+def block_size(m: float) -> int:
     """Rows of a block of a matrix (m, m). Twice as many in a large one: a third less time at m = 4096."""
     return BLOCK if m <= 2048 else 2 * BLOCK
 
