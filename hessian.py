@@ -68,7 +68,6 @@ Tassa, Erez & Todorov (2012), state damping; Pearlmutter (1994), products with H
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from itertools import groupby
@@ -80,6 +79,7 @@ from torch import Tensor, nn
 
 from _hessian.activations import ACTIVATIONS, Activation, initialize
 from _hessian.argument_checks import (
+    as_one_batch,
     check_choices,
     check_combination,
     check_inputs,
@@ -90,6 +90,7 @@ from _hessian.argument_checks import (
     check_overrides,
     check_targets,
     check_tracked,
+    check_trainable,
     checked_curvature,
     checked_damping,
     checked_nonnegative,
@@ -106,6 +107,7 @@ from _hessian.costs import (
     shapes_of_layers,
     shapes_of_linears,
 )
+from _hessian.data_sets import DataSet, TracksLosses, as_rows
 from _hessian.dense import dense_hessian, factor_dense
 from _hessian.factorization import (
     Chain,
@@ -123,6 +125,7 @@ from _hessian.layers import (
     OutputHessian,
     SingularHessianError,
     TrackedBatch,
+    TrackedDataSet,
     blocks_of,
     damping_vector,
     flatten_blocks,
@@ -161,7 +164,7 @@ __all__ = [
 # ------------------------------------------------------------------------------------------------ the network
 
 
-class DeepMLPWithTracking(nn.Module):
+class DeepMLPWithTracking(TracksLosses):
     """A fully connected network that remembers the batch of its last tracked loss, for the solve.
 
     hidden_dim: one width, or a sequence of `num_hidden_layers` widths. num_hidden_layers: L − 1; 0 is a linear model.
@@ -177,6 +180,8 @@ class DeepMLPWithTracking(nn.Module):
     Initialized, for inputs of about unit variance, so that signals and gradients survive any depth
     (_hessian/activations.py).
     """
+
+    _joins_batches = True
 
     def __init__(
         self,
@@ -199,7 +204,7 @@ class DeepMLPWithTracking(nn.Module):
         # σ_ℓ of each layer; the output layer has none
         self.skips = tuple(float(residual and i == o) for i, o in zip(widths[:-1], widths[1:-1], strict=False))
         self.skips += (0.0,)
-        self._tracked: TrackedBatch[Tensor] | None = None
+        self._tracked: TrackedBatch[Tensor] | TrackedDataSet | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -235,11 +240,7 @@ class DeepMLPWithTracking(nn.Module):
         if track_activations:
             if loss.device.type == "mps":
                 raise ValueError("the solve needs float64 and mps has none: move the model and the batch to the CPU")
-            autocast = torch.is_autocast_enabled(x.device.type)
-            inputs, targets, *parameters = (t.detach().clone() for t in (x, targets, *self.parameters()))
-            self._tracked = TrackedBatch(
-                inputs, targets, weakref.ref(loss), loss.detach().clone(), parameters, autocast
-            )
+            self._track(x, targets, loss)
         return loss
 
     def _linears(self) -> list[nn.Linear]:
@@ -247,15 +248,10 @@ class DeepMLPWithTracking(nn.Module):
         check_linears(self.layers, self.parameters())
         return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
-    def __getstate__(self) -> dict:
-        # a copy has no tracked loss of its own: weak references neither copy nor pickle
-        return {**self.__dict__, "_tracked": None}
-
 
 # ---------------------------------------------------------------------------------------- per-layer derivatives
 
 
-@torch.no_grad()
 def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivatives, ...]:
     """Derivatives of each layer at the batch last tracked, first layer first; the notation is the module's.
 
@@ -265,12 +261,16 @@ def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivati
     To add a kind of layer z = f(h) + σ z_{ℓ-1}, override `activate` and `activation_derivatives`.
     """
     check_model(model, DeepMLPWithTracking)
+    return _derivatives_of(model, as_one_batch(model._tracked))
+
+
+@torch.no_grad()
+def _derivatives_of(model: DeepMLPWithTracking, tracked: TrackedBatch[Tensor]) -> tuple[LayerDerivatives, ...]:
+    """`compute_layer_derivatives` of one batch."""
     check_overrides(type(model), DeepMLPWithTracking, "activate", "activation_derivatives")
-    tracked, linears = model._tracked, model._linears()
-    if tracked is None:
-        raise ValueError("no loss was tracked: call model(x, y, track_activations=True) first")
+    linears = model._linears()
     # forward: z̃, h
-    z = tracked.inputs.to(torch.float64)
+    z = tracked.inputs.to(linears[0].weight.device, torch.float64)
     weights, inputs, pre_activations, ones = [], [], [], z.new_ones(len(z), 1)
     for index, linear in enumerate(linears):
         weight = linear.weight.to(torch.float64, copy=True)
@@ -281,7 +281,7 @@ def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivati
         pre_activations.append(h)
         if index < len(linears) - 1:
             z = model.activate(index, h, z)
-    targets = tracked.targets.double() if tracked.targets.is_floating_point() else tracked.targets
+    targets = tracked.targets.to(z.device, torch.float64 if tracked.targets.is_floating_point() else None)
     check_loss(tracked, loss_value(model.loss, h, targets))
     adjoint, output = loss_derivatives(model.loss, h, targets)
     # backward: β_{ℓ-1} = λ_ℓ W_ℓ + σ_ℓ β_ℓ
@@ -311,11 +311,7 @@ def _checked_derivatives(model: DeepMLPWithTracking, loss: Tensor) -> tuple[Laye
     """The derivatives, after every check that `loss` is the tracked one and still that of the parameters."""
     check_model(model, DeepMLPWithTracking)
     check_tracked(model._tracked, loss, list(model.parameters()))
-    if not all(p.requires_grad for p in model.parameters()):
-        raise ValueError(
-            "some parameters are frozen (requires_grad=False): unfreeze them, or use TrackedNetwork, where they are "
-            "constants"
-        )
+    check_trainable(model.parameters())
     return compute_layer_derivatives(model)
 
 
@@ -352,7 +348,6 @@ def _product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
 
 
 def _dense_hessian(layers: Sequence[LayerDerivatives]) -> Tensor:
-    """H (P, P)."""
     return dense_hessian(layers, partial(_product, layers))
 
 
@@ -681,7 +676,14 @@ def _system(
     curvature, state_damping = checked_curvature(curvature), checked_nonnegative("state_damping", state_damping)
     if isinstance(model, TrackedNetwork):
         return network_system(model, loss, curvature, state_damping)
-    return Chain(_SOLVER, with_curvature(_checked_derivatives(model, loss), curvature, state_damping))
+    check_model(model, DeepMLPWithTracking)
+    tracked = check_tracked(model._tracked, loss, list(model.parameters()))
+    check_trainable(model.parameters())
+
+    def chain(batch: TrackedBatch[Tensor]) -> Chain:
+        return Chain(_SOLVER, with_curvature(_derivatives_of(model, batch), curvature, state_damping))
+
+    return DataSet(tracked, lambda x: chain(as_rows(x))) if isinstance(tracked, TrackedDataSet) else chain(tracked)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from typing import NoReturn, overload
 import torch
 from torch import Tensor
 
-from _hessian.argument_checks import checked_nonnegative, checked_radius, checked_rtol, checked_vector
+from _hessian.argument_checks import as_one_batch, checked_nonnegative, checked_radius, checked_rtol, checked_vector
 from _hessian.newton_options import Options, State, initial_state
 from _hessian.newton_problem import StepProblem
 from _hessian.newton_step import NewtonStep, StepReport
@@ -204,8 +204,7 @@ class DampedNewton(torch.optim.Optimizer):
         state: State = self.state[parameters[0]]
         with torch.autocast(loss.device.type, enabled=False):
             layers = _checked_derivatives(self._model, loss)
-            batch = self._model._tracked
-            assert batch is not None, "checked with the derivatives"
+            batch = as_one_batch(self._model._tracked)
             with torch.inference_mode():  # what outlives the step is made outside of it
                 problem = StepProblem(self._network(), batch, layers, options, state["step"])
                 del layers  # the problem keeps less of a wide first layer

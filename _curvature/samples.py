@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from _hessian.costs import free_bytes
+from _hessian.layers import TrackedBatch
 from hessian import DeepMLPWithTracking, TrackedNetwork
 
 Model = DeepMLPWithTracking | TrackedNetwork
@@ -69,8 +70,12 @@ class Samples:
         """The inputs and targets of the tracked loss."""
         tracked = model._tracked
         assert tracked is not None, "checked with the loss"
-        targets = tracked.targets
-        return [(in_float64(tracked.inputs), targets.double() if targets.is_floating_point() else targets)]
+        pairs: Iterable[tuple[Inputs, Tensor]] = (
+            [(tracked.inputs, tracked.targets)]
+            if isinstance(tracked, TrackedBatch)
+            else ((x.inputs, x.targets) for x in tracked.batches)
+        )
+        return [(in_float64(x), y.double() if y.is_floating_point() else y) for x, y in pairs]
 
     def weight(self, count: int) -> float:
         """What a sample's loss counts in the loss of so many."""

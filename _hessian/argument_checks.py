@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Number
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from _hessian.activations import ACTIVATIONS
-from _hessian.layers import Damping, TrackedBatch
+from _hessian.layers import Damping, TrackedBatch, TrackedDataSet
 from _hessian.losses import LOSSES
+
+Tracked = TypeVar("Tracked", bound=TrackedBatch | TrackedDataSet)
 
 
 def checked_widths(
@@ -100,8 +103,8 @@ def _equal(p: Tensor, q: Tensor) -> bool:
     return p.dtype == q.dtype and p.device == q.device and torch.equal(p, q)
 
 
-def check_tracked(tracked: TrackedBatch | None, loss: Tensor, parameters: Sequence[Tensor]) -> None:
-    """That `loss` is the tracked one, and still that of the parameters."""
+def check_tracked(tracked: Tracked | None, loss: Tensor, parameters: Sequence[Tensor]) -> Tracked:
+    """`tracked`, checked: `loss` is its loss, and still that of the parameters."""
     if tracked is None or tracked.loss() is not loss:
         found = "no loss was tracked" if tracked is None else "this is not the loss that the model tracked last"
         raise ValueError(
@@ -113,6 +116,25 @@ def check_tracked(tracked: TrackedBatch | None, loss: Tensor, parameters: Sequen
         raise ValueError(f"the loss is {loss.item()}: look for overflow in the inputs or the parameters")
     if len(parameters) != len(tracked.parameters) or not all(map(_equal, parameters, tracked.parameters)):
         raise ValueError("the parameters changed since the loss was tracked: call the model on the batch again")
+    return tracked
+
+
+def as_one_batch(tracked: TrackedBatch[Tensor] | TrackedDataSet | None) -> TrackedBatch[Tensor]:
+    """`tracked`, checked: one batch."""
+    if tracked is None:
+        raise ValueError("no loss was tracked: call model(x, y, track_activations=True) first")
+    if isinstance(tracked, TrackedDataSet):
+        raise ValueError("the samples are needed as one batch: pass keep=True to track_batches")
+    return tracked
+
+
+def check_trainable(parameters: Iterable[Tensor]) -> None:
+    """That no parameter of a DeepMLPWithTracking is frozen."""
+    if not all(p.requires_grad for p in parameters):
+        raise ValueError(
+            "some parameters are frozen (requires_grad=False): unfreeze them, or use TrackedNetwork, where they are "
+            "constants"
+        )
 
 
 def check_linears(layers: Iterable[nn.Module], parameters: Iterable[Tensor]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from _hessian.argument_checks import check_combination, checked_damping, checked_rtol, checked_vector
-from _hessian.costs import checked_route, num_parameters, shapes_of_layers
+from _hessian.costs import DENSE_CHUNK, checked_route, num_parameters, shapes_of_layers
 from _hessian.layers import Damping, LayerDerivatives, SingularHessianError, damping_vector
 from _hessian.refinement import (
     MAX_REFINEMENTS,
@@ -63,6 +63,9 @@ class System(Protocol):
     def product(self, v: Tensor) -> Tensor:
         """H v for v (P, k)."""
 
+    def dense(self) -> Tensor:
+        """H (P, P)."""
+
     def damping_vector(self, damping: Damping) -> Tensor:
         """Each parameter's damping, (P, 1)."""
 
@@ -102,7 +105,12 @@ class Chain(NamedTuple):
         return self.layers[0].weight.device
 
     def product(self, v: Tensor) -> Tensor:
-        return self.solver.product(self.layers, v)
+        numbers = len(self.layers[0].inputs) * sum(x.weight.shape[0] for x in self.layers)  # a column's
+        parts = v.split(max(1, DENSE_CHUNK // (32 * numbers)), 1)
+        return torch.cat([self.solver.product(self.layers, part) for part in parts], 1)
+
+    def dense(self) -> Tensor:
+        return self.solver.dense(self.layers)
 
     def damping_vector(self, damping: Damping) -> Tensor:
         return damping_vector(self.layers, dampings(damping, len(self.layers)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Generic, NamedTuple, TypeVar
 
@@ -51,6 +51,16 @@ class TrackedBatch(NamedTuple, Generic[Inputs]):
     value: Tensor
     parameters: list[Tensor]
     autocast: bool
+
+
+class TrackedDataSet(NamedTuple):
+    """The batches of the last `track_batches`."""
+
+    batches: Iterable[TrackedBatch[tuple[Tensor, ...]]]  # one pass over them; their `parameters` are empty
+    sizes: list[int]
+    loss: Callable[[], Tensor | None]  # of all of them
+    value: Tensor
+    parameters: list[Tensor]
 
 
 class OutputHessian(NamedTuple):

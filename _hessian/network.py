@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,13 +14,14 @@ from torch import Tensor, nn
 from _hessian.affine_operation import Affine
 from _hessian.argument_checks import check_loss, check_tracked
 from _hessian.costs import RouteCost, factor_operations, free_bytes
+from _hessian.data_sets import DataSet, TracksLosses
 from _hessian.dense import dense_matrix, factor_dense
 from _hessian.factorization import Factor
 from _hessian.general_operation import ClosedForms
 from _hessian.graph import Builder
 from _hessian.graph_costs import checkpoint_starts, sweep_cost
 from _hessian.graph_elimination import GraphSweep, Program
-from _hessian.layers import Damping, TrackedBatch
+from _hessian.layers import Damping, TrackedBatch, TrackedDataSet
 from _hessian.program import Products, StateProducts, make_program
 from _hessian.settings import Settings, dampings
 from _hessian.trace import Traced, check_modules, trace
@@ -30,7 +30,7 @@ NAMED_LOSSES = ("cross_entropy", "mse", "binary_cross_entropy")
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
-class TrackedNetwork(nn.Module):
+class TrackedNetwork(TracksLosses):
     """A network of your own that remembers the batch of its last tracked loss, for the solve.
 
     net: any module that torch.fx can trace and whose samples don't mix, in eval mode. Its parameters are shared, not
@@ -65,7 +65,7 @@ class TrackedNetwork(nn.Module):
         if class_dim not in (None, 1, -1):
             raise ValueError(f"class_dim must be 1 or -1, got {class_dim!r}")
         self.net, self.loss, self.class_dim, self.closed_forms = net, loss, class_dim, dict(closed_forms or {})
-        self._tracked: TrackedBatch[tuple[Tensor, ...]] | None = None
+        self._tracked: TrackedBatch[tuple[Tensor, ...]] | TrackedDataSet | None = None
 
     def forward(self, x: Tensor | tuple[Tensor, ...], targets: Tensor | None = None, track_activations: bool = False):
         inputs = x if isinstance(x, tuple) else (x,)
@@ -79,12 +79,7 @@ class TrackedNetwork(nn.Module):
         loss = self.loss_value(outputs, targets)
         if track_activations:
             self._check_tracked_call(inputs, outputs, loss)
-            kept = tuple(t.detach().clone() for t in inputs)
-            parameters = [p.detach().clone() for p in self.parameters()]
-            autocast = torch.is_autocast_enabled(loss.device.type)
-            self._tracked = TrackedBatch(
-                kept, targets.detach().clone(), weakref.ref(loss), loss.detach().clone(), parameters, autocast
-            )
+            self._track(inputs, targets, loss)
         return loss
 
     def _check_tracked_call(self, inputs: Sequence[Tensor], outputs: Tensor, loss: Tensor) -> None:
@@ -133,9 +128,6 @@ class TrackedNetwork(nn.Module):
             f"targets of shape {tuple(targets.shape)} don't fit outputs of shape {tuple(outputs.shape)}: they must "
             "have all of its dimensions but that of the classes"
         )
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_tracked": None}
 
 
 @dataclass
@@ -204,6 +196,10 @@ class Network(NamedTuple):
         assert self.kept.states is not None
         return product + program.state_charge * self.kept.states(v)
 
+    def dense(self) -> Tensor:
+        like = torch.empty(0, dtype=torch.float64, device=self.device)
+        return dense_matrix(self.product, like, self.num_parameters, 64)
+
     def damping_vector(self, damping: Damping) -> Tensor:
         sizes = torch.tensor(list(self.parameters.values()), device=self.device)
         values = torch.tensor(dampings(damping, len(sizes)), dtype=torch.float64, device=self.device)
@@ -261,10 +257,7 @@ class Network(NamedTuple):
 
     def factor(self, settings: Settings, formed: object, definite_only: bool) -> tuple[Factor, object]:
         if settings.route == "dense":
-            H = formed
-            if not isinstance(H, Tensor):
-                like = torch.empty(0, dtype=torch.float64, device=self.device)
-                H = dense_matrix(self.product, like, self.num_parameters, 64)
+            H = formed if isinstance(formed, Tensor) else self.dense()
             vector = self.damping_vector(settings.damping)
             return factor_dense(H.clone(), vector, settings.damping, definite_only), H
         epsilons = dict(zip(self.parameters, settings.epsilons(len(self.parameters)), strict=True))
@@ -280,30 +273,37 @@ class Network(NamedTuple):
         return GraphSweep(program, epsilons, definite_only=definite_only, keep=settings.keep, starts=starts), None
 
 
-def network_system(model: TrackedNetwork, loss: Tensor, curvature: str, state_damping: float) -> Network:
+def network_system(model: TrackedNetwork, loss: Tensor, curvature: str, state_damping: float) -> Network | DataSet:
     """The system at the tracked loss, after every check that it is that of the parameters."""
-    tracked = model._tracked
-    check_tracked(tracked, loss, list(model.parameters()))
-    assert tracked is not None
+    tracked = check_tracked(model._tracked, loss, list(model.parameters()))
     net = copy.deepcopy(model.net).double()
     copied = TrackedNetwork(
         net, copy.deepcopy(model.loss).double() if isinstance(model.loss, nn.Module) else model.loss
     )
     copied.class_dim = model.class_dim
-    inputs = tuple(x.double() if x.is_floating_point() else x for x in tracked.inputs)
-    targets = tracked.targets.double() if tracked.targets.is_floating_point() else tracked.targets
-    check_loss(tracked, copied(inputs, targets), "the network in float64")
     parameters = {name: p.numel() for name, p in net.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError("all parameters are frozen (requires_grad=False): H is that of those which are not")
-    return Network(
-        net,
-        trace(net, inputs, tuple(model.closed_forms)),
-        inputs,
-        parameters,
-        lambda outputs: copied.loss_value(outputs, targets),
-        curvature == "gauss_newton",
-        state_damping,
-        model.closed_forms,
-        _Kept(),
-    )
+    traces: list[Traced] = []  # one serves all batches
+
+    def network(batch: TrackedBatch[tuple[Tensor, ...]]) -> Network:
+        inputs, targets = tuple(map(to_double, batch.inputs)), to_double(batch.targets)
+        check_loss(batch, copied(inputs, targets), "the network in float64")
+        if not traces:
+            traces.append(trace(net, inputs, tuple(model.closed_forms)))
+        return Network(
+            net,
+            traces[0],
+            inputs,
+            parameters,
+            lambda outputs: copied.loss_value(outputs, targets),
+            curvature == "gauss_newton",
+            state_damping,
+            model.closed_forms,
+            _Kept(),
+        )
+
+    def to_double(x: Tensor) -> Tensor:
+        return x.to(loss.device, torch.float64 if x.is_floating_point() else None)
+
+    return DataSet(tracked, network) if isinstance(tracked, TrackedDataSet) else network(tracked)
