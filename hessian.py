@@ -53,7 +53,7 @@ charges x for the changes of pre-activations that it causes. The linearization o
 are small; a small x does not ensure that.
 
 Cost. Factoring: Σ m³/3 + m²n′ + m n′² operations, so O(L (N a)³), and O(L (N a)²) memory. A solve: O(Σ m² + m n′). A
-product with H: two passes through the network. Where P is below N a, forming H by P products and factoring it is
+product with H: two passes through the network. Where P is below N a, forming H (_hessian/dense.py) and factoring it is
 cheaper: `route='auto'` counts and chooses.
 
 Assumptions. Layers as above, with elementwise activations. A loss whose Hessian in the logits is diagonal minus rank
@@ -704,7 +704,7 @@ def factorize_hessian(
     damping: ε, in units of loss / parameter². It may be negative: `.num_negative_eigenvalues` counts the eigenvalues of
         H below −ε. Or one number per layer, first layer first (of a TrackedNetwork: per parameter tensor).
     curvature: 'hessian', or 'gauss_newton' for its positive semidefinite part JᵀΛJ, J the Jacobian of the outputs.
-    route: 'sweep' (elimination), 'dense' (H is formed by products and factored; cheaper where P is below N × width),
+    route: 'sweep' (elimination), 'dense' (H is formed and factored; cheaper where P is below N × width),
         'gram' (Gauss–Newton by the matrix of N·C scaled outputs; cheaper where that is small), or 'auto' for the one
         with the fewest counted operations. `.route` is the choice.
     state_damping: μ ≥ 0, in units of loss / pre-activation². Adds (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ to the matrix, S_ℓ x the

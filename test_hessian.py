@@ -283,6 +283,9 @@ def test_public_names_and_signatures(module):
             parameters = inspect.signature(getattr(module, name)).parameters.values()
             plain = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
             assert str(inspect.Signature(plain)) == f"({arguments})", name
+    for kind in (hessian.DeepMLPWithTracking, hessian.TrackedNetwork):
+        assert str(inspect.signature(kind.track_batches)).startswith("(self, loader: ")
+        assert inspect.signature(kind.track_batches).parameters["keep"].default is True
     methods = ("solve", "residual", "with_damping", "is_positive_definite", "inertia_is_certified")
     assert all(hasattr(hessian.HessianFactorization, name) for name in methods)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -184,10 +185,13 @@ class Network(NamedTuple):
             self.kept.programs[separate_biases] = program
         return self.kept.programs[separate_biases]
 
-    def product(self, v: Tensor) -> Tensor:
+    def _products(self) -> Products:
         if self.kept.products is None:
             self.kept.products = Products(self.net, self.inputs, self.loss, self.gauss_newton)
-        product = self.kept.products(v)
+        return self.kept.products
+
+    def product(self, v: Tensor) -> Tensor:
+        product = self._products()(v)
         if not self.state_damping:
             return product
         program = self.program
@@ -197,8 +201,17 @@ class Network(NamedTuple):
         return product + program.state_charge * self.kept.states(v)
 
     def dense(self) -> Tensor:
+        """H (P, P). With few samples, columns are made together under vmap, as long as H is then that of a product."""
         like = torch.empty(0, dtype=torch.float64, device=self.device)
-        return dense_matrix(self.product, like, self.num_parameters, 64)
+        form = partial(dense_matrix, like=like, num_parameters=self.num_parameters)
+        columns = 512 // len(self.inputs[0])  # more samples fill the processor by themselves
+        if columns > 1 and not self.state_damping:
+            products = self._products()
+            try:
+                return form(lambda v: products.together(v) if v.shape[1] > 1 else products(v), columns=columns)
+            except (ArithmeticError, RuntimeError):  # torch's vmap has a wrong derivative, or none
+                pass
+        return form(self.product, columns=64)
 
     def damping_vector(self, damping: Damping) -> Tensor:
         sizes = torch.tensor(list(self.parameters.values()), device=self.device)

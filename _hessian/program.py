@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -83,6 +84,12 @@ class Products:
     def __call__(self, v: Tensor) -> Tensor:
         """For v (P, k)."""
         return torch.stack([self._one(column) for column in v.mT], 1)
+
+    def together(self, v: Tensor) -> Tensor:
+        """The same under vmap, where torch has derivatives that are wrong: to be checked."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            return torch.func.vmap(self._one, 1, 1)(v)
 
     def _one(self, v: Tensor) -> Tensor:
         if self._map is not None:

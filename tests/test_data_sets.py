@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hessian
-from _hessian import data_sets, dense
+from _hessian import data_sets, dense, program
 from benchmarks.example_networks import EXAMPLES, build
 from hessian import (
     DeepMLPWithTracking,
@@ -159,3 +159,19 @@ def test_the_dense_hessian_in_chunks(chunk):
         penalized, eye = hessian._dense_hessian(layers), torch.eye(len(H), dtype=torch.float64)
         assert relative(penalized - hessian._product(layers, eye), penalized) <= 1e-14
         assert relative(penalized - H, H) > 0.1
+
+
+@pytest.mark.parametrize("name", ["lenet", "gpt"])
+def test_the_dense_hessian_of_a_network(name):
+    """Columns made together under vmap equal single ones. Where vmap is wrong, H is formed column by column."""
+    net, x, y = build(EXAMPLES[name])
+    model = TrackedNetwork(net)
+    system = hessian._system(model, model(x, y, track_activations=True))
+    expected = system.product(torch.eye(system.num_parameters, dtype=torch.float64))
+    H = system.dense()
+    assert relative(H - expected, expected) <= 1e-12
+    together = program.Products.together
+    wrong = mock.patch.object(program.Products, "together", lambda self, v: 1.01 * together(self, v))
+    with wrong, mock.patch.object(program.Products, "_one", autospec=True, side_effect=program.Products._one) as single:
+        assert relative(system.dense() - expected, expected) <= 1e-12
+    assert single.call_count > system.num_parameters
