@@ -161,7 +161,7 @@ def test_the_dense_hessian_in_chunks(chunk):
         assert relative(penalized - H, H) > 0.1
 
 
-@pytest.mark.parametrize("name", ["lenet", "gpt"])
+@pytest.mark.parametrize("name", ["rectified", pytest.param("gpt", marks=pytest.mark.slow)])
 def test_the_dense_hessian_of_a_network(name):
     """Columns made together under vmap equal single ones. Where vmap is wrong, H is formed column by column."""
     net, x, y = build(EXAMPLES[name])
