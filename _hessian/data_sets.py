@@ -207,6 +207,7 @@ class DataSet:
             f"route={settings.route!r}": settings.route not in ("auto", "dense"),
             "precision='mixed'": settings.precision == "mixed",
             "checkpoint_layers=True": settings.checkpoint_layers,
+            "keep='disk'": settings.keep == "disk",
         }
         if chosen := [name for name, is_chosen in options.items() if is_chosen]:
             raise ValueError(

@@ -122,6 +122,7 @@ def test_wrong_loaders_and_uses_are_refused():
     raises(ValueError, "keep=True", compute_layer_derivatives, model)
     raises(ValueError, "route='sweep' needs all samples", factorize_hessian, model, loss, 0.1, route="sweep")
     raises(ValueError, "precision='mixed'", factorize_hessian, model, loss, 0.1, precision="mixed")
+    raises(ValueError, "keep='disk' needs all samples", factorize_hessian, model, loss, 0.1, keep="disk")
     optimizer = DampedNewton(model)
     raises(ValueError, "keep=True", optimizer.step, lambda: model.track_batches(loader(x, y), keep=False))
     loss = network.track_batches(loader(x, y))
