@@ -98,16 +98,18 @@ def eigenpairs(
 
     which: 'largest' or 'smallest', with their sign. near: the k nearest to this number, in place of `which`.
 
-    By shift and invert: Lanczos iterations (ARPACK) with (H − σI)⁻¹. The inertia then proves that none between was
-    missed. Eigenvalues nearer to each other than 1e-10 ‖H‖ are not told apart; of a multiple one, any vectors are
-    returned. Cost: three to ten factorizations and a few dozen solves; P products where k > P/4.
+    Where H is formed (`route`, as 'auto' in `factorize_hessian` decides, and where k ≥ P/4), by LAPACK. Else by shift
+    and invert: Lanczos iterations (ARPACK) with (H − σI)⁻¹. The inertia then proves that none between was missed.
+    Eigenvalues nearer to each other than 1e-10 ‖H‖ are not told apart; of a multiple one, any vectors are returned.
+    Cost: about six factorizations; when H is formed 4 P³/3 operations, else up to ten more factorizations and a few
+    dozen solves.
     Raises ArithmeticError where some were missed, SingularHessianError where no inertia could be had.
     """
     if not 1 <= k <= (P := num_parameters(model)):
         raise ValueError(f"k must be an integer from 1 to the number of parameters, {P}, got {k!r}")
     if which not in ("largest", "smallest"):
         raise ValueError(f"unknown which={which!r}: choose 'largest' or 'smallest', or pass near=")
-    counts = EigenvalueCounts(model, loss, curvature)
+    counts = EigenvalueCounts(model, loss, curvature, "dense" if 4 * k >= P else "auto")
     return counts.nearest(near, k) if near is not None else counts.extreme(k, 1 if which == "largest" else -1)
 
 

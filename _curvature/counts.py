@@ -6,8 +6,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg
 import torch
-from scipy.sparse.linalg import ArpackError, eigsh
+from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from _curvature.samples import Model
@@ -30,9 +31,9 @@ class EigenvalueCounts:
     """The numbers of eigenvalues of H, or of JᵀΛJ, below any shift. What no shift changes is formed once."""
 
     def __init__(self, model: Model, loss: Tensor, curvature: str = "hessian", route: str = "auto"):
-        self._arguments = model, loss, curvature, route
         self.system = _system(model, loss, curvature)
         self.num_parameters = self.system.num_parameters
+        self._arguments = model, loss, curvature, "dense" if self.num_parameters <= 64 else route
         self.num_factorizations = 0
         self._last: HessianFactorization | None = None
 
@@ -45,11 +46,13 @@ class EigenvalueCounts:
 
     def factorize(self, shift: float) -> HessianFactorization:
         """H − shift·I."""
+        if self._last is not None and self._last.damping == -shift:
+            return self._last
         self.num_factorizations += 1
         if self._last is None:
             model, loss, curvature, route = self._arguments
             self._last = factorize_hessian(model, loss, -shift, curvature=curvature, route=route)
-        elif self._last.damping != -shift:
+        else:
             self._last = self._last.with_damping(-shift)
         return self._last
 
@@ -80,8 +83,8 @@ class EigenvalueCounts:
         raise last
 
     def nearest(self, shift: float, k: int) -> EigenPairs:
-        """The k eigenpairs nearest to the shift, by shift and invert; complete by inertia."""
-        pairs = self._shift_and_invert(shift, k)
+        """The k eigenpairs nearest to the shift; complete by inertia."""
+        pairs = self._pairs_near(shift, k)
         tolerance = max(_ROUNDING * self.norm(), 10 * float(pairs.residuals.max()))
         distance = (pairs.values - shift).abs()
         radius = float(distance.max())
@@ -92,24 +95,24 @@ class EigenvalueCounts:
         found = int((distance < radius - tolerance).sum())
         if inside > found or around < k:
             raise ArithmeticError(
-                f"ARPACK found {k} eigenvalues in {low:g} … {high:g}, {found} of them inside. The inertia counts "
+                f"{k} eigenvalues were found in {low:g} … {high:g}, {found} of them inside. The inertia counts "
                 f"{inside} inside, and {around} with the bounds: ask for more, k={k + 1}, or another shift"
             )
         return pairs
 
-    def _shift_and_invert(self, shift: float, k: int) -> EigenPairs:
-        P = self.num_parameters
-        if 4 * k >= P or P <= 64:  # ARPACK needs k < P, and does little for that many
-            H = self.system.product(torch.eye(P, dtype=torch.float64, device=self.system.device))
-            values, vectors = torch.linalg.eigh((H + H.mT) / 2)
-            chosen = (values - shift).abs().argsort()[:k].sort().values
-            return self._with_residuals(values[chosen], vectors[:, chosen])
-        start = np.random.default_rng(0).standard_normal(P)  # ARPACK's own would be drawn from the global generator
-        inverse = self.factorize(shift).as_linear_operator()
-        values, vectors = eigsh(
-            self.operator(), k, sigma=shift, OPinv=inverse, v0=start, ncv=min(P, max(2 * k + 1, 40))
-        )
-        order = np.argsort(values)
+    def _pairs_near(self, shift: float, k: int) -> EigenPairs:
+        """By LAPACK where H is formed, else by Lanczos iterations (ARPACK) with (H − σI)⁻¹."""
+        f, P = self.factorize(shift), self.num_parameters
+        if f.route == "dense" and isinstance(f._formed, Tensor):
+            below = f.num_negative_eigenvalues
+            wanted = (max(0, below - k), min(P, below + k) - 1)
+            values, vectors = scipy.linalg.eigh(f._formed.cpu().numpy(), subset_by_index=wanted, driver="evr")
+        else:
+            start = np.random.default_rng(0).standard_normal(P)  # ARPACK's own is from the global generator
+            inverse, subspace = f.as_linear_operator(), min(P, max(2 * k + 1, 40))
+            values, vectors = eigsh(self.operator(), k, sigma=shift, OPinv=inverse, v0=start, ncv=subspace)
+        chosen = np.sort(np.abs(values - shift).argsort()[:k])
+        order = chosen[values[chosen].argsort()]
         device = self.system.device
         return self._with_residuals(
             torch.from_numpy(values[order]).to(device), torch.from_numpy(vectors[:, order]).to(device)
@@ -119,26 +122,15 @@ class EigenvalueCounts:
         return EigenPairs(values, vectors, (self.system.product(vectors) - vectors * values).norm(dim=0))
 
     def extreme(self, k: int, sign: int) -> EigenPairs:
-        """The k smallest (sign −1) or largest (+1) eigenpairs: those nearest to a shift that lies outside of all."""
-        norm = self.norm()
-        if norm == 0:
-            return self.nearest(sign * 1.0, k)
-        outside = self._lanczos(sign, norm)
-        margin = 0.02 * abs(outside) + 1e-6 * norm
-        while self.below_near(outside + sign * margin, sign * margin) != (0 if sign < 0 else self.num_parameters):
-            margin *= 4
-        return self.nearest(outside + sign * margin, k)
-
-    def _lanczos(self, sign: int, norm: float) -> float:
-        """The extreme eigenvalue to a few percent, from inside."""
-        if self.num_parameters <= 64:
-            return sign * norm
-        start = np.random.default_rng(0).standard_normal(self.num_parameters)
-        which = "LA" if sign > 0 else "SA"
-        try:
-            found = eigsh(
-                self.operator(), 1, which=which, v0=start, ncv=30, tol=0.02, maxiter=3, return_eigenvectors=False
-            )
-            return float(found[0])
-        except ArpackError:  # not converged: the inertia decides how far out to go
-            return sign * norm
+        """The k smallest (sign −1) or largest (+1) eigenpairs: those nearest to a shift that lies outside of all. Where
+        H isn't formed, bisection moves the shift to within 10 % of the spectrum, for fast convergence."""
+        outside = 1.5 * self.norm() or 1.0
+        inside, none_beyond = 1e-6 * outside, 0 if sign < 0 else self.num_parameters
+        formed = self.factorize(sign * outside).route == "dense"
+        while not formed and outside > 1.1 * inside:
+            middle = math.sqrt(inside * outside)
+            if self.below_near(sign * middle, 1e-3 * sign * middle) == none_beyond:
+                outside = middle
+            else:
+                inside = middle
+        return self.nearest(sign * outside, k)

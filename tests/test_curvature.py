@@ -136,8 +136,8 @@ def test_a_missed_eigenvalue_is_an_error(monkeypatch):
         keep = torch.arange(k + 1) != 1
         return EigenPairs(pairs.values[keep], pairs.vectors[:, keep], pairs.residuals[keep])
 
-    found = EigenvalueCounts._shift_and_invert
-    monkeypatch.setattr(EigenvalueCounts, "_shift_and_invert", without_one)
+    found = EigenvalueCounts._pairs_near
+    monkeypatch.setattr(EigenvalueCounts, "_pairs_near", without_one)
     raises(ArithmeticError, "The inertia counts 4 inside", eigenpairs, model, loss, 4, "smallest")
 
 
