@@ -12,6 +12,8 @@
     reach    residual and inertia against ε, 10 … 1e-8: the sweep with and without carried pivots, and dense
     memory   peak memory, each case in a process of its own, beside `estimate_cost`
     shapes   150,528 inputs, 1,000 classes, and 20 layers of width 128, beside a forward and backward pass
+    curvature  influence, spectra, evidence and hypergradients of curvature.py, beside the approximations in use
+             (pip install -r requirements-optional.txt)
 
 Each command prints a Markdown table with the command and the machine. It writes the table under --out-dir, with a
 picture where there is one. --quick takes seconds, with fewer and smaller rows. Everything runs on one thread, unless
@@ -27,6 +29,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from benchmarks.curvature import curvature
 from benchmarks.memory import memory
 from benchmarks.problems import BenchmarkError
 from benchmarks.processes import threads, use_threads
@@ -35,7 +38,8 @@ from benchmarks.report import write_plots, write_table
 from benchmarks.scaling import batch, layers, rhs, shapes, width
 from benchmarks.solve import solve
 
-COMMANDS = {command.__name__: command for command in (solve, layers, width, batch, rhs, reach, memory, shapes)}
+MEASURED = (solve, layers, width, batch, rhs, reach, memory, shapes, curvature)
+COMMANDS = {command.__name__: command for command in MEASURED}
 
 
 def measure(argv: list[str]) -> None:

@@ -356,6 +356,14 @@ def _definite(model: Model, loss: Tensor, damping: float | Sequence[float], curv
 # --------------------------------------------------------------------------------------------- hypergradient
 
 
+@overload
+def hypergradient(model: Model, loss: Tensor, val_loss: Tensor, weight_decay: float) -> float: ...
+
+
+@overload
+def hypergradient(model: Model, loss: Tensor, val_loss: Tensor, weight_decay: Sequence[float]) -> tuple[float, ...]: ...
+
+
 def hypergradient(
     model: Model, loss: Tensor, val_loss: Tensor, weight_decay: float | Sequence[float]
 ) -> float | tuple[float, ...]:

@@ -16,13 +16,13 @@ class SymmetricOperator(LinearOperator):
 
     def __init__(self, size: int, device: torch.device, apply: Callable[[Tensor], Tensor]):
         super().__init__(np.dtype(np.float64), (size, size))
-        self.device, self._apply = device, apply
+        self.device, self.apply = device, apply
 
     def _matmat(self, v: np.ndarray) -> np.ndarray:
         if np.iscomplexobj(v):
             raise TypeError("the operator is real, and v is complex: pass its real and its imaginary part")
         columns = torch.tensor(np.asarray(v, dtype=np.float64), device=self.device)
-        return self._apply(columns).cpu().numpy()
+        return self.apply(columns).cpu().numpy()
 
     def _adjoint(self) -> SymmetricOperator:
         return self
@@ -33,5 +33,5 @@ class SymmetricOperator(LinearOperator):
         for first in range(0, size, columns):
             identity = block.new_zeros(self.shape[0], min(columns, size - first))
             identity.diagonal(-start - first).fill_(1)
-            block[:, first : first + columns] = self._apply(identity)[start : start + size]
+            block[:, first : first + columns] = self.apply(identity)[start : start + size]
         return block
