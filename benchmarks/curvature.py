@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from _curvature.minimum import Search
-from _curvature.samples import Samples
-from benchmarks.problems import BenchmarkError, seconds
+from _curvature.samples import Model, Samples
+from benchmarks.problems import BenchmarkError, Data, seconds
 from benchmarks.report import Report, formatted, table
 from curvature import Laplace, eigenpairs, eigenvalue_count, hessian_operator, hypergradient, minimize, spectrum
 from hessian import DeepMLPWithTracking, HessianFactorization, factorize_hessian
@@ -80,32 +80,32 @@ def trained(quick: bool) -> Trained:
 # -------------------------------------------------------------------------------------------------- influence
 
 
-def retrained_losses(problem: Trained, f: HessianFactorization, left_out: list[int]) -> Tensor:
+def retrained_losses(
+    model: Model, x: Tensor, y: Tensor, test: Data, decay: float, f: HessianFactorization, left_out: list[int]
+) -> Tensor:
     """The test losses (k, M) at the minimum without each of these samples, to ‖gradient‖ ≤ 1e-10; the others keep their
     weight 1/N. `f` is a factorization at the minimum with all of them: steps that start from it are cheap."""
-    rows, N = [], len(problem.y)
+    rows, N = [], len(y)
     for index in tqdm(left_out, desc="leave one out", disable=None):
-        others = torch.arange(N) != index
-        model = copy.deepcopy(problem.model)
-        closure = closure_of(model, problem.x[others], problem.y[others])
-        search = Search(model, closure, DECAY * N / (N - 1))
-        for _ in range(5):
-            search.quasi_newton(f, 1e-10)
+        others, other = torch.arange(N) != index, copy.deepcopy(model)
+        search = Search(other, closure_of(other, x[others], y[others]), decay * N / (N - 1))
+        search.quasi_newton(f, 1e-10, max_steps=300)
         if search.gradient_norm > 1e-10:
             search.newton(1e-10, 1e-8, 20)
         if search.gradient_norm > 1e-10:
             raise BenchmarkError(f"without sample {index} the gradient's norm stayed at {search.gradient_norm:.1e}")
-        rows.append(test_losses(model, problem))
+        rows.append(losses(other, *test))
     return torch.stack(rows)
 
 
-def closure_of(model: DeepMLPWithTracking, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+def closure_of(model: Model, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
     return lambda: model(x, y, track_activations=True)
 
 
 @torch.no_grad()
-def test_losses(model: DeepMLPWithTracking, problem: Trained) -> Tensor:
-    return nn.functional.cross_entropy(model(problem.test_x), problem.test_y, reduction="none")
+def losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The cross-entropy of each sample (N,)."""
+    return nn.functional.cross_entropy(model(x), y, reduction="none")
 
 
 def conjugate_gradients(product: Callable[[Tensor], Tensor], columns: Tensor, steps: int, rtol: float = 0.0) -> Tensor:
@@ -123,20 +123,19 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], columns: Tensor, st
     return x
 
 
-def kronecker_factored(problem: Trained, kind: str, columns: Tensor) -> Tensor:
-    """curvlinops' K-FAC or EKFAC of the Gauss–Newton matrix, inverted with the exact damping."""
+def kronecker_factored(kind: str, net: nn.Module, x: Tensor, y: Tensor, decay: float, columns: Tensor) -> Tensor:
+    """curvlinops' K-FAC or EKFAC of the Gauss–Newton matrix, inverted with the exact damping, times columns (P, k)."""
     curvlinops = package("curvlinops", "curvlinops-for-pytorch")
-    net = problem.plain()
-    operator = getattr(curvlinops, kind)(
+    operator = getattr(curvlinops, f"{kind}LinearOperator")(
         net,
         nn.CrossEntropyLoss(),
         list(net.parameters()),
-        [(problem.x, problem.y)],
+        [(x, y)],
         fisher_type=curvlinops.FisherType.TYPE2,
         separate_weight_and_bias=False,
         check_deterministic=False,
     )
-    return curvlinops.KFACInverseLinearOperator(operator, damping=DECAY, use_exact_damping=True) @ columns
+    return curvlinops.KFACInverseLinearOperator(operator, damping=decay, use_exact_damping=True) @ columns
 
 
 def influence_table(problem: Trained, quick: bool) -> list[str]:
@@ -150,16 +149,21 @@ def influence_table(problem: Trained, quick: bool) -> list[str]:
     def exact(curvature: str) -> Tensor:
         return factorize_hessian(problem.model, loss, DECAY, curvature=curvature).solve(test)
 
+    def kronecker(kind: str) -> Callable[[], Tensor]:
+        return partial(kronecker_factored, kind, problem.plain(), problem.x, problem.y, DECAY, test)
+
     f = factorize_hessian(problem.model, loss, DECAY)
-    truth = retrained_losses(problem, f, left_out.tolist()) - test_losses(problem.model, problem)
+    unseen = problem.test_x, problem.test_y
+    retrained = retrained_losses(problem.model, problem.x, problem.y, unseen, DECAY, f, left_out.tolist())
+    truth = retrained - losses(problem.model, *unseen)
     solved = f.solve(test)
     methods: dict[str, Callable[[], Tensor]] = {"exact Hessian": lambda: exact("hessian")}
     product = hessian_operator(problem.model, loss).apply
     for n in (10, 100) if quick else (10, 100, 1000):
         methods[f"CG, {n} products"] = partial(conjugate_gradients, product, test[:, :CG_COLUMNS], n)
     methods["Gauss–Newton, exact"] = lambda: exact("gauss_newton")
-    methods["EKFAC (curvlinops)"] = lambda: kronecker_factored(problem, "EKFACLinearOperator", test)
-    methods["K-FAC (curvlinops)"] = lambda: kronecker_factored(problem, "KFACLinearOperator", test)
+    methods["EKFAC (curvlinops)"] = kronecker("EKFAC")
+    methods["K-FAC (curvlinops)"] = kronecker("KFAC")
     rows: list[list[object]] = []
     for name, method in methods.items():
         started = time.perf_counter()
@@ -184,17 +188,12 @@ def influence_table(problem: Trained, quick: bool) -> list[str]:
 # --------------------------------------------------------------------------------------------------- spectrum
 
 
-def lanczos_density(problem: Trained) -> tuple[np.ndarray, np.ndarray]:
-    """Grid, and distribution function on it, of curvlinops' stochastic Lanczos density; 128 Lanczos vectors."""
+def lanczos_density(net: nn.Module, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Grid, and distribution function on it, of curvlinops' stochastic Lanczos density; 128 Lanczos vectors, twice."""
     curvlinops = package("curvlinops", "curvlinops-for-pytorch")
     torch.manual_seed(0)
-    H = curvlinops.HessianLinearOperator(
-        problem.model,
-        nn.CrossEntropyLoss(),
-        list(problem.model.parameters()),
-        [(problem.x, problem.y)],
-        check_deterministic=False,
-    )
+    parameters = list(net.parameters())
+    H = curvlinops.HessianLinearOperator(net, nn.CrossEntropyLoss(), parameters, [(x, y)], check_deterministic=False)
     grid, density = curvlinops.lanczos_approximate_spectrum(H, 128, num_repeats=2)
     distribution = np.cumsum(density.numpy())
     return grid.numpy(), distribution / distribution[-1]
@@ -221,7 +220,7 @@ def spectrum_table(problem: Trained, quick: bool) -> list[str]:
     counted: list[int] = []
     of_count = seconds(lambda: counted.append(eigenvalue_count(problem.model, loss, -np.inf, threshold)))
     started = time.perf_counter()
-    grid, distribution = lanczos_density(problem)
+    grid, distribution = lanczos_density(problem.plain(), problem.x, problem.y)
     of_lanczos = time.perf_counter() - started
     exact = np.searchsorted(values, grid) / len(values)
     off = float(np.abs(distribution - exact).max())
