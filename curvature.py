@@ -214,7 +214,7 @@ def is_minimum(
     rounding of −htol: choose another one.
     """
     checked = (checked_nonnegative(*x) for x in (("gtol", gtol), ("htol", htol), ("weight_decay", weight_decay)))
-    return certificate(model, loss, *checked)
+    return certificate(model, EigenvalueCounts(model, loss), *checked)
 
 
 @torch.no_grad()
@@ -263,7 +263,7 @@ def minimize(
         approach(max_start_steps)
         while search.newton(gtol, htol, max_steps):  # from a saddle
             approach(max_start_steps)
-    return is_minimum(model, search.loss, htol, gtol=gtol, weight_decay=weight_decay)
+        return certificate(model, search.eigenvalue_counts(), gtol, htol, search.weight_decay)
 
 
 # ------------------------------------------------------------------------------------------------- influence

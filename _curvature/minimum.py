@@ -42,8 +42,8 @@ class Minimum(NamedTuple):
         return f"{verdict}: {within}; {inertia}, by inertia; {smallest}."
 
 
-def certificate(model: Model, loss: Tensor, gtol: float, htol: float, weight_decay: float) -> Minimum:
-    counts = EigenvalueCounts(model, loss)
+def certificate(model: Model, counts: EigenvalueCounts, gtol: float, htol: float, weight_decay: float) -> Minimum:
+    """Of the tracked loss that `counts` counts for."""
     samples = Samples(model)
     batches = samples.tracked_batches(model)
     total = sum(len(y) for _, y in batches)
@@ -84,6 +84,13 @@ class Search:
         self.value = float(self.loss.detach()) + 0.5 * self.weight_decay * float(self.theta @ self.theta)
         self.gradient = g + self.weight_decay * self.theta
         self.gradient_norm = float(self.gradient.norm())
+        self.counts: EigenvalueCounts | None = None
+
+    def eigenvalue_counts(self) -> EigenvalueCounts:
+        """Of H at the present θ."""
+        if self.counts is None:
+            self.counts = EigenvalueCounts(self.model, self.loss)
+        return self.counts
 
     def move(self, theta: Tensor) -> None:
         torch.nn.utils.vector_to_parameters(theta, self.parameters)
@@ -112,7 +119,7 @@ class Search:
     def newton(self, gtol: float, htol: float, max_steps: int) -> bool:
         """Rounds of steps with H + (w + λ)I, factored anew for each round; λ = 0 where that is positive definite and
         its first step lowers f. True where it came to a saddle, and left it."""
-        damping, smallest = 0.0, 1e-10 * EigenvalueCounts(self.model, self.loss).norm()
+        damping, smallest = 0.0, 1e-10 * self.eigenvalue_counts().norm()
         for _ in progress(range(max_steps), "Newton"):
             if self.gradient_norm <= gtol:
                 return self._leave_saddle(htol)
@@ -165,7 +172,7 @@ class Search:
 
     def _leave_saddle(self, htol: float) -> bool:
         """At a stationary point with an eigenvalue below −htol: a step along it. Whether there was one."""
-        counts = EigenvalueCounts(self.model, self.loss)
+        counts = self.eigenvalue_counts()
         if counts.below(-self.weight_decay - htol) == 0:
             return False
         direction = counts.extreme(1, -1).vectors[:, 0]

@@ -80,26 +80,29 @@ def trained(quick: bool) -> Trained:
 # -------------------------------------------------------------------------------------------------- influence
 
 
-def retrained_losses(
+def retrained(model: Model, x: Tensor, y: Tensor, decay: float, f: HessianFactorization, gtol: float = 1e-10) -> Model:
+    """A copy at the minimum for these data and this weight decay, to ‖gradient‖ ≤ gtol. `f` is a factorization at a
+    minimum nearby: steps that start from it are cheap."""
+    other = copy.deepcopy(model)
+    search = Search(other, lambda: other(x, y, track_activations=True), decay)
+    search.quasi_newton(f, gtol, max_steps=300)
+    if search.gradient_norm > gtol:
+        search.newton(gtol, 1e-8, 20)
+    if search.gradient_norm > max(gtol, 1e-10):
+        raise BenchmarkError(f"retraining left a gradient of norm {search.gradient_norm:.1e}: is {f} near the minimum?")
+    return other
+
+
+def leave_one_out(
     model: Model, x: Tensor, y: Tensor, test: Data, decay: float, f: HessianFactorization, left_out: list[int]
 ) -> Tensor:
-    """The test losses (k, M) at the minimum without each of these samples, to ‖gradient‖ ≤ 1e-10; the others keep their
-    weight 1/N. `f` is a factorization at the minimum with all of them: steps that start from it are cheap."""
+    """What retraining without each of these samples does to the test losses, (k, M); the others keep their weight 1/N.
+    `f`: at the minimum with all of them."""
     rows, N = [], len(y)
     for index in tqdm(left_out, desc="leave one out", disable=None):
-        others, other = torch.arange(N) != index, copy.deepcopy(model)
-        search = Search(other, closure_of(other, x[others], y[others]), decay * N / (N - 1))
-        search.quasi_newton(f, 1e-10, max_steps=300)
-        if search.gradient_norm > 1e-10:
-            search.newton(1e-10, 1e-8, 20)
-        if search.gradient_norm > 1e-10:
-            raise BenchmarkError(f"without sample {index} the gradient's norm stayed at {search.gradient_norm:.1e}")
-        rows.append(losses(other, *test))
-    return torch.stack(rows)
-
-
-def closure_of(model: Model, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
-    return lambda: model(x, y, track_activations=True)
+        others = torch.arange(N) != index
+        rows.append(losses(retrained(model, x[others], y[others], decay * N / (N - 1), f), *test))
+    return torch.stack(rows) - losses(model, *test)
 
 
 @torch.no_grad()
@@ -154,8 +157,7 @@ def influence_table(problem: Trained, quick: bool) -> list[str]:
 
     f = factorize_hessian(problem.model, loss, DECAY)
     unseen = problem.test_x, problem.test_y
-    retrained = retrained_losses(problem.model, problem.x, problem.y, unseen, DECAY, f, left_out.tolist())
-    truth = retrained - losses(problem.model, *unseen)
+    truth = leave_one_out(problem.model, problem.x, problem.y, unseen, DECAY, f, left_out.tolist())
     solved = f.solve(test)
     methods: dict[str, Callable[[], Tensor]] = {"exact Hessian": lambda: exact("hessian")}
     product = hessian_operator(problem.model, loss).apply
@@ -331,16 +333,12 @@ def hypergradient_table(problem: Trained, quick: bool) -> list[str]:
     g = torch.cat([p.flatten() for p in torch.autograd.grad(val_loss, parameters, retain_graph=True)])
     theta = torch.cat([p.detach().flatten() for p in parameters])
 
-    def retrained(decay: float) -> float:
-        other = copy.deepcopy(model)
-        search = Search(other, closure_of(other, problem.x, problem.y), decay)
-        search.quasi_newton(f, 1e-13, max_steps=200)
-        if search.gradient_norm > 1e-10:
-            raise BenchmarkError(f"at weight decay {decay:g} the gradient's norm stayed at {search.gradient_norm:.1e}")
-        return float(other(problem.test_x, problem.test_y).detach())
+    def at_minimum(decay: float) -> float:
+        found = retrained(model, problem.x, problem.y, decay, f, gtol=1e-12)
+        return float(losses(found, problem.test_x, problem.test_y).mean())
 
     h = 1e-3 * DECAY
-    truth = (retrained(DECAY + h) - retrained(DECAY - h)) / (2 * h)
+    truth = (at_minimum(DECAY + h) - at_minimum(DECAY - h)) / (2 * h)
 
     def by_cg(rtol: float) -> float:
         return -float(conjugate_gradients(product, g[:, None], 10_000, rtol)[:, 0] @ theta)
