@@ -190,7 +190,7 @@ def influence_table(problem: Trained, quick: bool) -> list[str]:
 # --------------------------------------------------------------------------------------------------- spectrum
 
 
-def lanczos_density(net: nn.Module, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def lanczos_distribution(net: nn.Module, x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Grid, and distribution function on it, of curvlinops' stochastic Lanczos density; 128 Lanczos vectors, twice."""
     curvlinops = package("curvlinops", "curvlinops-for-pytorch")
     torch.manual_seed(0)
@@ -222,7 +222,7 @@ def spectrum_table(problem: Trained, quick: bool) -> list[str]:
     counted: list[int] = []
     of_count = seconds(lambda: counted.append(eigenvalue_count(problem.model, loss, -np.inf, threshold)))
     started = time.perf_counter()
-    grid, distribution = lanczos_density(problem.plain(), problem.x, problem.y)
+    grid, distribution = lanczos_distribution(problem.plain(), problem.x, problem.y)
     of_lanczos = time.perf_counter() - started
     exact = np.searchsorted(values, grid) / len(values)
     off = float(np.abs(distribution - exact).max())
