@@ -75,9 +75,9 @@ class Laplace:
                 "−log p a sample"
             )
         self.loss, self.curvature = float(loss.detach()), curvature
-        self._scale, self._constant = 1.0, 0.0
+        self._scale, self._constant = 0.0, 0.0
         for _, targets in self._samples.tracked_batches(model):
-            self._scale = _num_targets(model, targets)
+            self._scale += _num_targets(model, targets)
         if self._noise:
             self._constant = self._scale * math.log(noise * math.sqrt(2 * math.pi))
             self._scale /= 2 * noise**2
