@@ -28,6 +28,7 @@ from _hessian.refinement import (
 from _hessian.scipy_operators import SymmetricOperator
 from _hessian.settings import Settings, dampings
 from _hessian.symmetric_factor import one_pool
+from _hessian.tables import html_table
 
 _REFINED_NUMBERS = 2**23  # right-hand sides are refined together up to this many numbers
 # the trial solve that decides whether a float32 factor will do: its residual, and the most steps it may take
@@ -176,6 +177,16 @@ class HessianFactorization:
             f"route={self.route!r}, precision={self.precision!r}, "
             f"num_negative_eigenvalues={self.num_negative_eigenvalues})"
         )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("parameters", f"{self.num_parameters:,}"),
+            ("matrix", f"{self.curvature}, {self._dampings()}"),
+            ("route, precision", f"{self.route}, {self.precision}"),
+            ("negative eigenvalues", f"{self.num_negative_eigenvalues:,}"),
+            ("log |det|", f"{self.logabsdet:.6g}"),
+        ]
+        return html_table(("HessianFactorization", ""), rows)
 
     def _dampings(self) -> str:
         state = f", state_damping={self.state_damping:g}" if self.state_damping else ""

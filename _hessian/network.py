@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from html import escape
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from _hessian.graph_elimination import GraphSweep, Program
 from _hessian.layers import Damping, TrackedBatch, TrackedDataSet
 from _hessian.program import Products, StateProducts, make_program
 from _hessian.settings import Settings, dampings
+from _hessian.tables import html_table
 from _hessian.trace import Traced, check_modules, trace
 
 NAMED_LOSSES = ("cross_entropy", "mse", "binary_cross_entropy")
@@ -129,6 +131,21 @@ class TrackedNetwork(TracksLosses):
             f"targets of shape {tuple(targets.shape)} don't fit outputs of shape {tuple(outputs.shape)}: they must "
             "have all of its dimensions but that of the classes"
         )
+
+    def __repr__(self) -> str:
+        """In one line; `print(model.net)` shows the layers."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        frozen = sum(size for size, trainable in sizes if not trainable)
+        loss = self.loss if isinstance(self.loss, str) else getattr(self.loss, "__name__", type(self.loss).__name__)
+        return (
+            f"TrackedNetwork({type(self.net).__name__}, P={sum(size for size, trainable in sizes if trainable)}"
+            f"{f', frozen={frozen}' if frozen else ''}, loss={loss!r}, tracked={self._tracked is not None})"
+        )
+
+    def _repr_html_(self) -> str:
+        """The trainable parameter tensors, in the order of H."""
+        rows = [(name, tuple(p.shape), f"{p.numel():,}") for name, p in self.named_parameters() if p.requires_grad]
+        return f"<p>{escape(repr(self))}</p>" + html_table(("parameter", "shape", "entries"), rows)
 
 
 @dataclass

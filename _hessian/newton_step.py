@@ -21,6 +21,7 @@ from _hessian.newton_options import MOMENTUM_DECAYS, PATIENCE, State
 from _hessian.newton_problem import StepProblem, batch_fingerprint
 from _hessian.quasi_newton import quasi_newton_steps
 from _hessian.step_cost import prefers_gram, sweep_bytes
+from _hessian.tables import html_table
 from _hessian.trial_losses import Steps
 from _hessian.trust_region import solve_trust_region
 
@@ -39,6 +40,16 @@ class StepReport(NamedTuple):
     length: float  # a, of x alone where other steps were added to it
     num_trials: int  # λ tried
     certified: bool  # H + (c + htol)I was found positive definite at a point with ‖g‖ ≤ gtol
+
+    def __repr__(self) -> str:
+        return (
+            f"StepReport({self.method}, {'accepted' if self.accepted else 'rejected'}, f = {self.objective:.6g} → "
+            f"{self.new_objective:.6g}, ‖g‖={self.gradient_norm:.2g}, λ={self.damping:.2g}, length={self.length:.2g}, "
+            f"trials={self.num_trials}, certified={self.certified})"
+        )
+
+    def _repr_html_(self) -> str:
+        return html_table(("StepReport", ""), self._asdict().items())
 
 
 class NewtonStep:

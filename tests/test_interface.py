@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from hessian import (
     ACTIVATIONS,
     DeepMLPWithTracking,
+    TrackedNetwork,
     compute_layer_derivatives,
     factorize_hessian,
     hessian_inverse_vector_product,
     hessian_vector_product,
 )
+from newton import DampedNewton
 from tests.oracles import (
     Case,
     gradient,
@@ -112,6 +114,23 @@ def test_a_factorization_owns_what_it_needs():
         assert torch.equal(f.solve(v), before)
         with pytest.raises(AttributeError):
             f.damping = 1.0
+
+
+def test_objects_are_short_in_a_notebook():
+    """One line, and a table."""
+    model, _ = tracked_loss(Case((6, 4), 3))
+    network = TrackedNetwork(nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)))
+    network.net[0].bias.requires_grad_(False)
+    optimizer = DampedNewton(model)
+    optimizer.step(lambda: model(torch.randn(3, 5).double(), torch.tensor([0, 1, 2]), track_activations=True))
+    report = optimizer.report
+    for item, text, rows in (
+        (factorize_hessian(*tracked_loss(Case((6, 4), 3)), 0.1), "HessianFactorization(P=", 6),
+        (network, "TrackedNetwork(Sequential, P=12, frozen=2, loss='cross_entropy', tracked=False)", 4),
+        (report, f"StepReport({report.method}, ", 1 + len(report)),
+    ):
+        assert repr(item).startswith(text) and "\n" not in repr(item)
+        assert item._repr_html_().count("<tr>") == rows
 
 
 def test_nothing_outside_is_touched():
