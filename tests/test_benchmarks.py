@@ -51,10 +51,13 @@ def threads_as_before():
         "networks blocks",
         "networks peers",
         "networks landscape",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("batch", "rhs", "memory", "imagenet steps")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("batch", "rhs", "memory", "curvature", "imagenet steps")),
     ),
 )
 def test_a_command_prints_and_writes_its_table(tmp_path, capsys, command):
+    if command == "curvature":
+        for rival in ("curvlinops", "laplace"):
+            pytest.importorskip(rival, reason="pip install -r requirements-optional.txt")
     assert benchmark.main([*command.split(), "--quick", "--out-dir", str(tmp_path)]) == 0
     printed, name = capsys.readouterr().out, command.replace(" ", "-")
     lines = (tmp_path / f"{name}.md").read_text().splitlines()
