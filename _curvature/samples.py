@@ -40,6 +40,8 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 
 def in_float64(x: Inputs) -> Inputs:
+    if isinstance(x, tuple) and len(x) == 1:
+        return in_float64(x[0])
     if isinstance(x, tuple):
         return tuple(t.double() if t.is_floating_point() else t for t in x)
     return x.double() if x.is_floating_point() else x

@@ -51,7 +51,7 @@ def threads_as_before():
         "networks blocks",
         "networks peers",
         "networks landscape",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("batch", "rhs", "memory", "curvature", "imagenet steps")),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("batch", "rhs", "memory", "curvature", "imagenet steps")),
     ),
 )
 def test_a_command_prints_and_writes_its_table(tmp_path, capsys, command):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.example_networks import EXAMPLES, build
-from curvature import Laplace, hypergradient, influence, minimize, self_influence, top_influences
+from curvature import Laplace, hypergradient, influence, is_minimum, minimize, self_influence, spectrum, top_influences
 from hessian import DeepMLPWithTracking, TrackedNetwork, hessian_vector_product
 from tests.oracles import Case, flat_function, num_parameters, raises, relative
 
@@ -271,3 +271,28 @@ def test_hypergradient_needs_a_graph_and_a_minimum():
     loss = model(x, y, track_activations=True)
     raises(ValueError, "with its graph", hypergradient, model, loss, loss.detach(), 0.05)
     raises(ValueError, "negative eigenvalues at damping=0.001", hypergradient, model, loss, model(test_x, test_y), 1e-3)
+
+
+# ------------------------------------------------------------------------------------------ a whole data set
+
+
+@pytest.mark.parametrize("name", ("cross-entropy", "lenet"))
+@pytest.mark.parametrize("keep", (True, False))
+def test_batches_are_a_data_set(name, keep):
+    """The loss of a DataLoader's batches gives what that of all samples at once gives."""
+    model, x, y, test_x, test_y = problem(name)
+
+    def answers(loss):
+        posterior = Laplace(model, loss, 500.0)
+        return [
+            influence(model, loss, test_x, test_y, 5.0),
+            self_influence(model, loss, 5.0),
+            torch.tensor([posterior.log_evidence, is_minimum(model, loss).gradient_norm], dtype=torch.float64),
+            posterior.predictive(test_x).covariance,
+            spectrum(model, loss).eigenvalues,
+        ]
+
+    expected = answers(model(x, y, track_activations=True))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 4)
+    for found, reference in zip(answers(model.track_batches(loader, keep=keep)), expected, strict=True):
+        assert relative(found - reference, reference) <= 1e-9
