@@ -71,7 +71,6 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from itertools import groupby
-from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +90,7 @@ from _hessian.argument_checks import (
     check_targets,
     check_tracked,
     check_trainable,
+    checked_batch_size,
     checked_curvature,
     checked_damping,
     checked_nonnegative,
@@ -135,8 +135,8 @@ from _hessian.layers import (
 )
 from _hessian.losses import loss_derivatives, loss_value
 from _hessian.many_classes import eliminate_many_classes
-from _hessian.network import TrackedNetwork, network_system
-from _hessian.operations import OperationDerivatives
+from _hessian.network import TrackedNetwork, network_system, operations_of, resized
+from _hessian.operations import Operation, OperationDerivatives
 from _hessian.pivots import CostToGo, Count, DensePivot, Eliminated, Pivot, output_cost_to_go, singular_pivot
 from _hessian.reduced_parameters import Reduced, assemble_solution, split_right_hand_side
 from _hessian.refinement import MinimumNorm, minimum_norm
@@ -251,15 +251,18 @@ class DeepMLPWithTracking(TracksLosses):
 
 # ---------------------------------------------------------------------------------------- per-layer derivatives
 
+Model = DeepMLPWithTracking | TrackedNetwork
 
-def compute_layer_derivatives(model: DeepMLPWithTracking) -> tuple[LayerDerivatives, ...]:
+
+def compute_layer_derivatives(model: Model) -> tuple[LayerDerivatives, ...] | tuple[Operation, ...]:
     """Derivatives of each layer at the batch last tracked, first layer first; the notation is the module's.
 
-    One forward and one backward pass in float64 from the present parameters, by closed forms, without autograd. Cost:
-    O(N P). Every tensor is a new one. Raises ValueError where nothing was tracked, or the loss is not the tracked one.
-
-    To add a kind of layer z = f(h) + σ z_{ℓ-1}, override `activate` and `activation_derivatives`.
+    One forward and one backward pass in float64 from the present parameters, by closed forms. Cost: O(N P).
+    Raises ValueError where nothing was tracked, or the loss is not the tracked one.
+    Of a TrackedNetwork: its operations in order, each with `pull_back`, `push_forward` and `add_curvature`.
     """
+    if isinstance(model, TrackedNetwork):
+        return operations_of(model)
     check_model(model, DeepMLPWithTracking)
     return _derivatives_of(model, as_one_batch(model._tracked))
 
@@ -289,9 +292,8 @@ def _derivatives_of(model: DeepMLPWithTracking, tracked: TrackedBatch[Tensor]) -
     beta = adjoint @ weights[-1]
     derivatives = _activation_derivatives(model, pre_activations[:-1])
     for index, (first, second) in reversed(list(enumerate(derivatives))):
-        layer = LayerDerivatives(
-            weights[index], inputs[index], first, beta * second, beta * first, model.skips[index], None
-        )
+        W, z = weights[index], inputs[index]
+        layer = LayerDerivatives(W, z, first, beta * second, beta * first, model.skips[index], None)
         beta = with_skip(layer.skip, layer.adjoint @ layer.weight, beta)
         layers.append(layer)
     return tuple(reversed(layers))
@@ -312,7 +314,7 @@ def _checked_derivatives(model: DeepMLPWithTracking, loss: Tensor) -> tuple[Laye
     check_model(model, DeepMLPWithTracking)
     check_tracked(model._tracked, loss, list(model.parameters()))
     check_trainable(model.parameters())
-    return compute_layer_derivatives(model)
+    return _derivatives_of(model, as_one_batch(model._tracked))
 
 
 # ---------------------------------------------------------------------------------------------------- products
@@ -352,7 +354,7 @@ def _dense_hessian(layers: Sequence[LayerDerivatives]) -> Tensor:
 
 
 def hessian_vector_product(
-    model: DeepMLPWithTracking | TrackedNetwork,
+    model: Model,
     loss: Tensor,
     v: Tensor,
     *,
@@ -363,8 +365,7 @@ def hessian_vector_product(
 
     Computed in float64, whatever the model's dtype, and returned in v's dtype. Cost: two passes through the network per
     column. loss: the tensor that the model tracked last. curvature, state_damping: multiply by another matrix in place
-    of H, as in `factorize_hessian`. Raises ValueError or TypeError for a loss or a v that doesn't fit. The model and
-    its gradients are not changed.
+    of H, as in `factorize_hessian`. Raises ValueError or TypeError for a loss or a v that doesn't fit.
     """
     system = _system(model, loss, curvature, state_damping)
     columns = checked_vector(v, system.num_parameters, system.device)
@@ -669,9 +670,7 @@ def _factor(
 _SOLVER = Solver(_product, _dense_hessian, _factor)
 
 
-def _system(
-    model: DeepMLPWithTracking | TrackedNetwork, loss: Tensor, curvature: str = "hessian", state_damping: float = 0.0
-) -> System:
+def _system(model: Model, loss: Tensor, curvature: str = "hessian", state_damping: float = 0.0) -> System:
     """The matrix that is asked for, at the tracked loss."""
     curvature, state_damping = checked_curvature(curvature), checked_nonnegative("state_damping", state_damping)
     if isinstance(model, TrackedNetwork):
@@ -688,7 +687,7 @@ def _system(
 
 @torch.no_grad()
 def factorize_hessian(
-    model: DeepMLPWithTracking | TrackedNetwork,
+    model: Model,
     loss: Tensor,
     damping: float | Sequence[float],
     *,
@@ -743,7 +742,7 @@ def factorize_hessian(
 
 @torch.no_grad()
 def hessian_inverse_vector_product(
-    model: DeepMLPWithTracking | TrackedNetwork,
+    model: Model,
     loss: Tensor,
     v: Tensor,
     damping: float | Sequence[float] = 0.0,
@@ -775,7 +774,7 @@ def hessian_inverse_vector_product(
 
 
 def estimate_cost(
-    model: DeepMLPWithTracking,
+    model: Model,
     batch_size: int,
     *,
     curvature: str = "hessian",
@@ -788,13 +787,14 @@ def estimate_cost(
     Arguments as there. {'sweep': …, 'dense': …, and for 'gauss_newton' 'gram': …}, each a `RouteCost`. Counted to
     leading order, within 10 % of what is done and allocated where n = N × width is 100 or more; below, overheads
     rule. Not counted: pivots that are carried (damping far below 1e-3), the model itself, and its autograd graph.
+    Of a TrackedNetwork the samples last tracked are taken, repeated if they are fewer, and derivatives computed.
     """
-    check_model(model, DeepMLPWithTracking)
     check_choices(precision=precision, keep=keep)
-    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer ≥ 1, got {batch_size!r}")
-    shapes = shapes_of_linears(model._linears(), model.skips, zero_sum=model.loss == "cross_entropy")
     settings = Settings(
         curvature=checked_curvature(curvature), precision=precision, keep=keep, checkpoint_layers=checkpoint_layers
     )
-    return dict(route_costs(shapes, int(batch_size), settings))
+    if isinstance(model, TrackedNetwork):
+        return resized(model, checked_batch_size(batch_size), curvature).costs(settings)
+    check_model(model, DeepMLPWithTracking)
+    shapes = shapes_of_linears(model._linears(), model.skips, zero_sum=model.loss == "cross_entropy")
+    return dict(route_costs(shapes, checked_batch_size(batch_size), settings))

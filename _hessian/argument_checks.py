@@ -216,6 +216,12 @@ def checked_radius(radius: float) -> float:
     return number.item()
 
 
+def checked_batch_size(batch_size: int) -> int:
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer ≥ 1, got {batch_size!r}")
+    return int(batch_size)
+
+
 def checked_curvature(curvature: str) -> str:
     if curvature not in ("hessian", "gauss_newton"):
         raise ValueError(f"unknown curvature {curvature!r}: choose 'hessian' or 'gauss_newton'")

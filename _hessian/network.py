@@ -24,6 +24,7 @@ from _hessian.graph import Builder
 from _hessian.graph_costs import checkpoint_starts, sweep_cost
 from _hessian.graph_elimination import GraphSweep, Program
 from _hessian.layers import Damping, TrackedBatch, TrackedDataSet
+from _hessian.operations import Operation
 from _hessian.program import Products, StateProducts, make_program
 from _hessian.settings import Settings, dampings
 from _hessian.tables import html_table
@@ -306,34 +307,72 @@ class Network(NamedTuple):
 def network_system(model: TrackedNetwork, loss: Tensor, curvature: str, state_damping: float) -> Network | DataSet:
     """The system at the tracked loss, after every check that it is that of the parameters."""
     tracked = check_tracked(model._tracked, loss, list(model.parameters()))
-    net = copy.deepcopy(model.net).double()
-    copied = TrackedNetwork(
-        net, copy.deepcopy(model.loss).double() if isinstance(model.loss, nn.Module) else model.loss
-    )
-    copied.class_dim = model.class_dim
-    parameters = {name: p.numel() for name, p in net.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ValueError("all parameters are frozen (requires_grad=False): H is that of those which are not")
+    copied = _in_float64(model)
     traces: list[Traced] = []  # one serves all batches
 
     def network(batch: TrackedBatch[tuple[Tensor, ...]]) -> Network:
-        inputs, targets = tuple(map(to_double, batch.inputs)), to_double(batch.targets)
-        check_loss(batch, copied(inputs, targets), "the network in float64")
+        batch = _batch_in_float64(batch, loss.device)
+        check_loss(batch, copied(batch.inputs, batch.targets), "the network in float64")
         if not traces:
-            traces.append(trace(net, inputs, tuple(model.closed_forms)))
-        return Network(
-            net,
-            traces[0],
-            inputs,
-            parameters,
-            lambda outputs: copied.loss_value(outputs, targets),
-            curvature == "gauss_newton",
-            state_damping,
-            model.closed_forms,
-            _Kept(),
-        )
-
-    def to_double(x: Tensor) -> Tensor:
-        return x.to(loss.device, torch.float64 if x.is_floating_point() else None)
+            traces.append(trace(copied.net, batch.inputs, tuple(model.closed_forms)))
+        return _network(copied, traces[0], batch, curvature, state_damping)
 
     return DataSet(tracked, network) if isinstance(tracked, TrackedDataSet) else network(tracked)
+
+
+def resized(model: TrackedNetwork, batch_size: int, curvature: str) -> Network:
+    """The system at so many samples of the batch last tracked, repeated if they are fewer."""
+    if not isinstance(model._tracked, TrackedBatch):
+        raise ValueError("the shape of a sample is not known: call model(x, y, track_activations=True) first")
+    copied, tracked = _in_float64(model), model._tracked
+    batch = _batch_in_float64(tracked, tracked.value.device)
+    index = torch.arange(batch_size, device=batch.targets.device) % len(batch.inputs[0])
+    batch = batch._replace(inputs=tuple(x[index] for x in batch.inputs), targets=batch.targets[index])
+    traced = trace(copied.net, batch.inputs, tuple(model.closed_forms))
+    return _network(copied, traced, batch, curvature, 0.0)
+
+
+def operations_of(model: TrackedNetwork) -> tuple[Operation, ...]:
+    """Those of the batch last tracked, with their derivatives."""
+    tracked = model._tracked
+    num_samples = len(tracked.inputs[0]) if isinstance(tracked, TrackedBatch) else 1
+    return tuple(resized(model, num_samples, "hessian").program.operations)
+
+
+def _in_float64(model: TrackedNetwork) -> TrackedNetwork:
+    loss = copy.deepcopy(model.loss).double() if isinstance(model.loss, nn.Module) else model.loss
+    net = copy.deepcopy(model.net).double()
+    return TrackedNetwork(net, loss, class_dim=model.class_dim, closed_forms=model.closed_forms)
+
+
+def _batch_in_float64(
+    batch: TrackedBatch[tuple[Tensor, ...]], device: torch.device
+) -> TrackedBatch[tuple[Tensor, ...]]:
+    inputs, targets = (
+        [x.to(device, torch.float64 if x.is_floating_point() else None) for x in part]
+        for part in (batch.inputs, [batch.targets])
+    )
+    return batch._replace(inputs=tuple(inputs), targets=targets[0])
+
+
+def _network(
+    copied: TrackedNetwork,
+    traced: Traced,
+    batch: TrackedBatch[tuple[Tensor, ...]],
+    curvature: str,
+    state_damping: float,
+) -> Network:
+    parameters = {name: p.numel() for name, p in copied.net.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError("all parameters are frozen (requires_grad=False): H is that of those which are not")
+    return Network(
+        copied.net,
+        traced,
+        batch.inputs,
+        parameters,
+        lambda outputs: copied.loss_value(outputs, batch.targets),
+        curvature == "gauss_newton",
+        state_damping,
+        copied.closed_forms,
+        _Kept(),
+    )

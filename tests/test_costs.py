@@ -15,9 +15,11 @@ from _hessian import costs
 from _hessian.costs import count_operations, shapes_of_layers
 from _hessian.factorization import Settings, factorize
 from _hessian.refinement import unit_columns
+from benchmarks.example_networks import GPT
 from hessian import (
     DeepMLPWithTracking,
     SingularHessianError,
+    TrackedNetwork,
     compute_layer_derivatives,
     estimate_cost,
     factorize_hessian,
@@ -263,3 +265,35 @@ print(f.route, f.residual(f.solve(v), v).item(), resource.getrusage(resource.RUS
     route, residual, peak = done.stdout.split()
     assert route == "sweep" and float(residual) < 1e-8
     assert int(peak) * (1 if sys.platform == "darwin" else 1024) < 5e9
+
+
+@pytest.mark.parametrize("name", ["gpt", "chain"])
+def test_costs_of_a_network_are_estimated(name):
+    """Operations against those counted; the fewest bytes with checkpoints; derivatives by operation."""
+    torch.manual_seed(0)
+    if name == "gpt":
+        net, x = GPT(1, 24, 3, 8, 7, expansion=4).double().eval(), torch.randint(7, (1, 8))
+        y = torch.randint(7, (1, 8))
+    else:
+        hidden = [part for _ in range(12) for part in (torch.nn.Linear(24, 24), torch.nn.Tanh())]
+        net, x, y = (
+            torch.nn.Sequential(*hidden, torch.nn.Linear(24, 5)).double(),
+            torch.randn(10, 24),
+            torch.arange(10) % 5,
+        )
+        x = x.double()
+    model = TrackedNetwork(net, class_dim=-1)
+    with pytest.raises(ValueError, match="shape of a sample is not known"):
+        estimate_cost(model, 2)
+    loss = model(x, y, track_activations=True)
+    estimated = estimate_cost(model, len(x))["sweep"]
+    f = factorize_hessian(model, loss, 1e3, route="sweep")  # positive definite: no failed Cholesky is counted
+    counted = counted_operations(lambda: f._system.factor(f._settings, None, False))
+    assert estimated.operations == pytest.approx(counted, rel=0.15)
+    kept, recomputed, counts = (
+        estimate_cost(model, len(x), **options)["sweep"].bytes
+        for options in ({}, {"checkpoint_layers": True}, {"keep": "inertia"})
+    )
+    assert counts < recomputed <= kept and (name == "gpt" or recomputed < 0.6 * kept)
+    assert estimate_cost(model, 2 * len(x))["sweep"].operations > 4 * estimated.operations
+    assert [x.output for x in compute_layer_derivatives(model)] == [x.output for x in f._system.program.operations]
