@@ -218,14 +218,10 @@ class GraphSweep:
         """The operation, and the parameters after it. The state is changed in place."""
         assert state is not None
         operation, counts = self.program.operations[index], []
-        if operation.output in state.live:
-            self._eliminate_operation(operation, state)
-            if isinstance(operation, Affine) and operation.own is not None:
-                counts.append(self._eliminate_outside(operation, index, state))
-        pivots = []
-        for value in self.program.eliminated[index]:
-            if value in state.live:
-                pivots.append((value, self._eliminate_parameter(value, state)))
+        self._eliminate_operation(operation, state)
+        if isinstance(operation, Affine) and operation.own is not None:
+            counts.append(self._eliminate_outside(operation, index, state))
+        pivots = [(value, self._eliminate_parameter(value, state)) for value in self.program.eliminated[index]]
         counts += [Count(pivot.factor.num_negative, pivot.factor.logabsdet) for _, pivot in pivots]
         return (
             Step(operation, pivots),

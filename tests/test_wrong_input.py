@@ -241,7 +241,8 @@ def test_errors_of_trials_do_not_hide_the_error(monkeypatch):
     "arguments, message",
     [
         ({"precision": "float32"}, "choose 'float64' or 'mixed'"),
-        ({"keep": "all"}, "choose 'solve' or 'inertia'"),
+        ({"keep": "all"}, "choose 'solve', 'disk' or 'inertia'"),
+        ({"keep": "disk"}, "keep='disk' is for a TrackedNetwork"),
         ({"route": "lu"}, "choose 'auto', 'sweep', 'dense' or 'gram'"),
         ({"route": "gram"}, "curvature='gauss_newton'"),
         ({"route": "gram", "curvature": "gauss_newton", "state_damping": 1.0}, "state_damping=0"),
