@@ -305,7 +305,7 @@ class HessianFactorization:
         now = self._settings
         tries = [now._replace(precision="float64")] if mixed else []
         if self.route != "dense" and self.num_parameters <= _DENSE_TRIAL:
-            tries.append(now._replace(route="dense", precision="float64", checkpoint_layers=False))
+            tries.append(now._replace(route="dense", precision="float64", keep="solve", checkpoint_layers=False))
         return (
             f"(H + damping·I)x = v was solved to a relative residual of {worst:.1e}, not to rtol={rtol:g}, at "
             f"{self._dampings()}{mixed}; the rounding of x alone may leave {reach:.0e}. "

@@ -223,6 +223,20 @@ def _components(patterns: Sequence[Tensor]) -> list[Tensor] | None:
 ClosedForms = Mapping[type[nn.Module], type[OperationDerivatives]]
 
 
+def check_closed_forms(closed_forms: object) -> None:
+    pairs = closed_forms.items() if isinstance(closed_forms, Mapping) else [(closed_forms, None)]
+    for module, derivatives in pairs:
+        if not (_is_kind_of(module, nn.Module) and _is_kind_of(derivatives, OperationDerivatives)):
+            raise TypeError(
+                "closed_forms must map kinds of modules to subclasses of OperationDerivatives, such as "
+                f"{{MyModule: MyDerivatives}}; got {module!r}: {derivatives!r}"
+            )
+
+
+def _is_kind_of(x: object, kind: type) -> bool:
+    return isinstance(x, type) and issubclass(x, kind)
+
+
 def linearize(
     region: Region, tensors: Sequence[Tensor], beta: Tensor, closed_forms: ClosedForms
 ) -> OperationDerivatives:

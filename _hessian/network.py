@@ -19,7 +19,7 @@ from _hessian.costs import RouteCost, factor_operations, free_bytes
 from _hessian.data_sets import DataSet, TracksLosses
 from _hessian.dense import dense_matrix, factor_dense
 from _hessian.factorization import Factor
-from _hessian.general_operation import ClosedForms
+from _hessian.general_operation import ClosedForms, check_closed_forms
 from _hessian.graph import Builder
 from _hessian.graph_costs import checkpoint_starts, sweep_cost
 from _hessian.graph_elimination import GraphSweep, Program
@@ -68,6 +68,7 @@ class TrackedNetwork(TracksLosses):
             raise ValueError("a loss module needs reduction='mean' or 'sum', got 'none'")
         if class_dim not in (None, 1, -1):
             raise ValueError(f"class_dim must be 1 or -1, got {class_dim!r}")
+        check_closed_forms(closed_forms or {})
         self.net, self.loss, self.class_dim, self.closed_forms = net, loss, class_dim, dict(closed_forms or {})
         self._tracked: TrackedBatch[tuple[Tensor, ...]] | TrackedDataSet | None = None
 
@@ -252,6 +253,8 @@ class Network(NamedTuple):
         route = settings.route
         if route == "gram":
             raise ValueError("route='gram' is for DeepMLPWithTracking: choose 'sweep', 'dense' or 'auto'")
+        if settings.keep == "disk" and route == "dense":
+            raise ValueError("keep='disk' is for route='sweep': leave one of them out")
         if settings.keep == "disk" and self.device.type != "cpu":
             raise ValueError("keep='disk' is for the CPU: choose keep='solve' or checkpoint_layers=True")
         if settings.checkpoint_layers or settings.keep == "disk":

@@ -20,6 +20,7 @@ from benchmarks.example_networks import EXAMPLES, DenselyConnected, TwoInputs, b
 from hessian import (
     DeepMLPWithTracking,
     OperationDerivatives,
+    SingularHessianError,
     TrackedNetwork,
     factorize_hessian,
     hessian_inverse_vector_product,
@@ -151,6 +152,8 @@ def test_float32_factors_and_checkpoints(name, monkeypatch):
     monkeypatch.setattr(mmap, "PAGESIZE", 16)
     on_disk = factorize_hessian(model, loss, 0.1, keep="disk")
     assert on_disk.route == "sweep" and torch.equal(plain.solve(v, rtol=None), on_disk.solve(v, rtol=None))
+    with pytest.raises(SingularHessianError, match="Pass"):  # whose advice tries other options
+        on_disk.solve(v, rtol=1e-18)
     counts = factorize_hessian(model, loss, 0.1, route="sweep", keep="inertia")
     assert counts.logabsdet == plain.logabsdet and counts._factor is None
 
@@ -160,7 +163,7 @@ def test_components_that_meet_in_the_second_derivatives_alone():
     net, x, y = build(EXAMPLES["gpt"])
     for name, p in net.named_parameters():
         if "qkv" in name:
-            nn.init.zeros_(p)
+            nn.init.zeros_(p[: 2 * len(p) // 3])
     model = TrackedNetwork(net, class_dim=-1)
     loss = model(x, y, track_activations=True)
     H = oracle(model, x, y)
@@ -341,12 +344,16 @@ def test_wrong_calls():
     for arguments, message in (((3,), "must be a torch.nn.Module"), ((net, "hinge"), "unknown loss 'hinge'")):
         with pytest.raises((TypeError, ValueError), match=message):
             TrackedNetwork(*arguments)
+    for forms in ({"Tanh": SquareDerivatives}, {nn.Tanh: nn.Tanh}, [nn.Tanh]):
+        with pytest.raises(TypeError, match="closed_forms must map kinds of modules to"):
+            TrackedNetwork(net, closed_forms=forms)
     with pytest.raises(ValueError, match="reduction='mean' or 'sum'"):
         TrackedNetwork(net, nn.MSELoss(reduction="none"))
     model = TrackedNetwork(net)
     loss = model(x, y, track_activations=True)
     for options, message in (
         ({"route": "gram", "curvature": "gauss_newton"}, "is for DeepMLPWithTracking"),
+        ({"route": "dense", "keep": "disk"}, "for route='sweep'"),
         ({"damping": (0.1, 0.2)}, "one for each of the 6.*parameter tensor"),
     ):
         with pytest.raises(ValueError, match=message):
