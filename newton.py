@@ -34,13 +34,14 @@ import torch
 from torch import Tensor
 
 from _hessian.argument_checks import as_one_batch, checked_nonnegative, checked_radius, checked_rtol, checked_vector
+from _hessian.network import TrackedNetwork, network_at_batch
 from _hessian.newton_options import Options, State, initial_state
-from _hessian.newton_problem import StepProblem
+from _hessian.newton_problem import ChainProblem, NetworkProblem, Problem
 from _hessian.newton_step import NewtonStep, StepReport
+from _hessian.objective import Chain
 from _hessian.step_cost import StepCost, estimate_step_cost
-from _hessian.trial_losses import Network
 from _hessian.trust_region import TrustRegionStep, solve_trust_region
-from hessian import _SOLVER, DeepMLPWithTracking, _checked_derivatives
+from hessian import _SOLVER, DeepMLPWithTracking, Model, _checked_derivatives, _system
 
 __all__ = ["DampedNewton", "StepCost", "StepReport", "TrustRegionStep", "trust_region_step"]
 
@@ -103,7 +104,7 @@ class DampedNewton(torch.optim.Optimizer):
 
     def __init__(
         self,
-        model: DeepMLPWithTracking,
+        model: Model,
         *,
         curvature: str = "auto",
         metric: str = "auto",
@@ -117,10 +118,13 @@ class DampedNewton(torch.optim.Optimizer):
         htol: float = 1e-8,
         seed: int = 0,
     ):
-        if not isinstance(model, DeepMLPWithTracking):
-            raise TypeError(f"model must be a DeepMLPWithTracking, got {type(model).__name__}: pass the model itself")
+        if not isinstance(model, DeepMLPWithTracking | TrackedNetwork):
+            raise TypeError(
+                f"model must be a DeepMLPWithTracking or a TrackedNetwork, got {type(model).__name__}: pass the model "
+                "itself, or TrackedNetwork(net)"
+            )
         if metric == "auto":
-            metric = "parameter" if model.input_dim == 1 else "state"
+            metric = "state" if isinstance(model, DeepMLPWithTracking) and model.input_dim > 1 else "parameter"
         if metric_damping is None:
             metric_damping = 1e-4 if curvature_batch is None else 0.1
         options = Options(
@@ -138,14 +142,11 @@ class DampedNewton(torch.optim.Optimizer):
         options.check()
         if not (0 < damping < math.inf):
             raise ValueError(f"damping must be positive and finite, got {damping!r}")
-        super().__init__(list(model.parameters()), options._asdict())
+        super().__init__([p for p in model.parameters() if p.requires_grad], options._asdict())
         self._model = model
         self.report: StepReport | None = None
         self.converged = self.stalled = False
-        first = next(model.parameters())
-        self.state[self.param_groups[0]["params"][0]] = initial_state(
-            first, sum(p.numel() for p in model.parameters()), damping
-        )
+        self.state[self.param_groups[0]["params"][0]] = initial_state(damping)
 
     def __getstate__(self) -> dict[str, object]:
         own = {name: self.__dict__[name] for name in ("_model", "report", "converged", "stalled")}
@@ -167,9 +168,11 @@ class DampedNewton(torch.optim.Optimizer):
         options.check()
         return options
 
-    def _network(self) -> Network:
+    def _chain(self) -> Chain:
         model = self._model
-        return Network(model._linears(), model.skips, model.activate, model.loss)
+        if isinstance(model, TrackedNetwork):
+            raise TypeError("estimate_step is for a DeepMLPWithTracking: estimate_cost tells what a factorization takes")
+        return Chain(model._linears(), model.skips, model.activate, model.loss)
 
     def estimate_step(self, batch_size: int, num_dampings: int | None = None) -> StepCost:
         """What a step on a batch of this size takes, before it is taken. The model may be one on the meta device.
@@ -178,7 +181,14 @@ class DampedNewton(torch.optim.Optimizer):
         which brackets the best one; else 1. A λ that is not good enough is raised, for another solve.
         Quasi-Newton steps after one with the exact Hessian are not counted.
         """
-        return estimate_step_cost(self._network(), self._options(), batch_size, num_dampings)
+        return estimate_step_cost(self._chain(), self._options(), batch_size, num_dampings)
+
+    def _problem(self, loss: Tensor, options: Options, step: int) -> Problem:
+        model = self._model
+        if isinstance(model, TrackedNetwork):
+            return NetworkProblem(model, network_at_batch(model, loss), options, step)
+        layers = _checked_derivatives(model, loss)
+        return ChainProblem(self._chain(), as_one_batch(model._tracked), layers, options, step, _SOLVER)
 
     @overload
     def step(self, closure: Callable[[], Tensor]) -> Tensor: ...
@@ -197,18 +207,15 @@ class DampedNewton(torch.optim.Optimizer):
                 f"the closure must return the loss, got {type(loss).__name__}: let it end with "
                 "`return model(x, y, track_activations=True)`"
             )
-        parameters, now = self.param_groups[0]["params"], list(self._model.parameters())
+        parameters, now = self.param_groups[0]["params"], [p for p in self._model.parameters() if p.requires_grad]
         if len(parameters) != len(now) or any(p is not q for p, q in zip(parameters, now, strict=True)):
             raise ValueError("the model has other parameters than at construction: make a new DampedNewton of it")
         self.converged = self.stalled = False
         state: State = self.state[parameters[0]]
         with torch.autocast(loss.device.type, enabled=False):
-            layers = _checked_derivatives(self._model, loss)
-            batch = as_one_batch(self._model._tracked)
-            with torch.inference_mode():  # what outlives the step is made outside of it
-                problem = StepProblem(self._network(), batch, layers, options, state["step"])
-                del layers  # the problem keeps less of a wide first layer
-                step = NewtonStep(problem, parameters, state, _SOLVER)
+            # inference mode saves a fifth of a small network's time
+            with torch.inference_mode(isinstance(self._model, DeepMLPWithTracking)):
+                step = NewtonStep(self._problem(loss, options, state["step"]), parameters, state)
                 step.run()
         self.report, self.converged, self.stalled = step.report, step.converged, step.stalled
         return loss
@@ -216,7 +223,7 @@ class DampedNewton(torch.optim.Optimizer):
 
 @torch.no_grad()
 def trust_region_step(
-    model: DeepMLPWithTracking,
+    model: Model,
     loss: Tensor,
     gradient: Tensor,
     radius: float,
@@ -248,14 +255,14 @@ def trust_region_step(
     the proof. Not checked: the rounding of the factorizations. The sweep can find a semidefinite matrix indefinite by
     rounding, with N below the width and λ below about 1e-7 ‖A‖. There the step is returned unproved.
     """
-    layers = _checked_derivatives(model, loss)
-    num_parameters = sum(p.numel() for p in model.parameters())
+    system = _system(model, loss)
+    num_parameters = system.num_parameters
     if not isinstance(gradient, Tensor) or gradient.shape != (num_parameters,):
         found = tuple(gradient.shape) if isinstance(gradient, Tensor) else type(gradient).__name__
         raise ValueError(f"gradient must be a tensor of shape ({num_parameters},), got {found}: one at a time")
-    g = checked_vector(gradient, num_parameters, layers[0].weight.device)
+    g = checked_vector(gradient, num_parameters, system.device)
     radius, weight_decay = checked_radius(radius), checked_nonnegative("weight_decay", weight_decay)
     if route not in ("auto", "sweep", "dense"):
         raise ValueError(f"unknown route {route!r}: choose 'auto', 'sweep' or 'dense'")
-    step = solve_trust_region(_SOLVER, layers, g[:, 0], radius, weight_decay, rtol=checked_rtol(rtol), route=route)
+    step = solve_trust_region(system, g[:, 0], radius, weight_decay, rtol=checked_rtol(rtol), route=route)
     return step._replace(step=step.step.to(gradient.dtype))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from _hessian.activations import ACTIVATIONS
-from _hessian.layers import Damping, TrackedBatch, TrackedDataSet
+from _hessian.layers import Damping, Inputs, TrackedBatch, TrackedDataSet
 from _hessian.losses import LOSSES
 
 Tracked = TypeVar("Tracked", bound=TrackedBatch | TrackedDataSet)
@@ -119,12 +119,15 @@ def check_tracked(tracked: Tracked | None, loss: Tensor, parameters: Sequence[Te
     return tracked
 
 
-def as_one_batch(tracked: TrackedBatch[Tensor] | TrackedDataSet | None) -> TrackedBatch[Tensor]:
+def as_one_batch(tracked: TrackedBatch[Inputs] | TrackedDataSet | None) -> TrackedBatch[Inputs]:
     """`tracked`, checked: one batch."""
     if tracked is None:
         raise ValueError("no loss was tracked: call model(x, y, track_activations=True) first")
     if isinstance(tracked, TrackedDataSet):
-        raise ValueError("the samples are needed as one batch: pass keep=True to track_batches")
+        raise ValueError(
+            "the samples are needed as one batch: call model(x, y, track_activations=True), or pass keep=True to "
+            "track_batches of a DeepMLPWithTracking"
+        )
     return tracked
 
 

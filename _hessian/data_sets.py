@@ -225,3 +225,6 @@ class DataSet:
     def factor(self, settings: Settings, formed: object, definite_only: bool) -> tuple[Factor, object]:
         H = formed if isinstance(formed, Tensor) else self.dense()
         return factor_dense(H.clone(), self.damping_vector(settings.damping), settings.damping, definite_only), H
+
+    def share_done(self, index: int) -> float:
+        return 1.0  # of a dense factorization

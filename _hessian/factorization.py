@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from _hessian.argument_checks import check_combination, checked_damping, checked_rtol, checked_vector
-from _hessian.costs import DENSE_CHUNK, checked_route, num_parameters, shapes_of_layers
+from _hessian.costs import (
+    DENSE_CHUNK,
+    checked_route,
+    layer_operations,
+    natural_operations,
+    num_parameters,
+    prefers_many_classes,
+    shapes_of_layers,
+)
 from _hessian.layers import Damping, LayerDerivatives, SingularHessianError, damping_vector
 from _hessian.refinement import (
     MAX_REFINEMENTS,
@@ -79,6 +87,9 @@ class System(Protocol):
         """The factor, and what no damping changes: H (P, P) by route 'dense', the Gram matrix by 'gram', what a sweep
         needs by 'sweep'. formed: that of an earlier factorization, or None."""
 
+    def share_done(self, index: int) -> float:
+        """Of the operations of a sweep that stops at the pivot of layer, or operation, `index`."""
+
 
 class Solver(NamedTuple):
     """hessian.py's product and factorizations. This package is given them, since it may not import that module."""
@@ -122,6 +133,14 @@ class Chain(NamedTuple):
 
     def factor(self, settings: Settings, formed: object, definite_only: bool) -> tuple[Factor, object]:
         return self.solver.factor(self.layers, settings, formed, definite_only)
+
+    def share_done(self, index: int) -> float:
+        shapes, N = shapes_of_layers(self.layers), len(self.layers[0].inputs)
+        many_classes = prefers_many_classes(shapes, N)
+        operations = [layer_operations(shapes, layer, N, many_classes) for layer in range(len(shapes))]
+        always = natural_operations(shapes, N)
+        done = operations[index].pivot + sum(map(sum, operations[index + 1 :]))
+        return (always + done) / (always + sum(map(sum, operations)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -276,9 +295,9 @@ class HessianFactorization:
             x = self._factor.solve(unit.to(torch.float32 if self.precision == "mixed" else torch.float64))
         return x.to(torch.float64) * scale
 
-    def _refined(self, v: Tensor, rtol: float, max_steps: int = MAX_REFINEMENTS) -> Refined:
+    def _refined(self, v: Tensor, rtol: float, max_steps: int = MAX_REFINEMENTS, target: float = 0.0) -> Refined:
         # a step on a float32 factor adds few digits: no more of them than asked for
-        target = rtol if self.precision == "mixed" else 0.0
+        target = rtol if self.precision == "mixed" else target
         chunks = v.split(max(1, _REFINED_NUMBERS // len(v)), 1)  # refinement keeps up to 40 arrays of its columns
         parts = [
             refine(self._product, self._direct, chunk, rtol, target=target, max_steps=max_steps) for chunk in chunks
@@ -354,13 +373,6 @@ class HessianFactorization:
         if reached < 0.4 and solves(looser):
             found.append(f"rtol={looser:.1e} to accept this answer")
         return f"Pass {', or '.join(found)}"
-
-
-def factorize(
-    solver: Solver, layers: Layers, settings: Settings, *, definite_only: bool = False, formed: object = None
-) -> HessianFactorization:
-    """`factorize_system` of the layers. curvature, state_damping: what was put into them."""
-    return factorize_system(Chain(solver, layers), settings, definite_only=definite_only, formed=formed)
 
 
 def factorize_system(

@@ -221,7 +221,7 @@ class GraphSweep:
         self._eliminate_operation(operation, state)
         if isinstance(operation, Affine) and operation.own is not None:
             counts.append(self._eliminate_outside(operation, index, state))
-        pivots = [(value, self._eliminate_parameter(value, state)) for value in self.program.eliminated[index]]
+        pivots = [(value, self._eliminate_parameter(value, state, index)) for value in self.program.eliminated[index]]
         counts += [Count(pivot.factor.num_negative, pivot.factor.logabsdet) for _, pivot in pivots]
         return (
             Step(operation, pivots),
@@ -286,14 +286,14 @@ class GraphSweep:
     def _epsilon(self, value: Value) -> float:
         return self.epsilons[self._named.get(value, value.name)]
 
-    def _eliminate_parameter(self, value: Value, state: State) -> Pivot:
+    def _eliminate_parameter(self, value: Value, state: State, index: int) -> Pivot:
         epsilon, zero = self._epsilon(value), self.program.loss_hessian
         G, coupled = state.take(value)
         G = zero.new_zeros(value.size, value.size) if G is None else G.contiguous()
         G.diagonal().add_(epsilon)
         factor = factor_symmetric(G, epsilon, definite_only=self._definite_only)
         if factor is None and self._definite_only:
-            raise NotPositiveDefinite(0)
+            raise NotPositiveDefinite(index)
         if factor is None or not math.isfinite(factor.logabsdet):
             raise self._singular(value.name, epsilon, "its pivot is singular, or overflowed")
         W, places = zero.new_empty(value.size, sum(u.size for u in coupled)), {}

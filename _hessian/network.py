@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from _hessian.affine_operation import Affine
-from _hessian.argument_checks import check_loss, check_tracked
+from _hessian.argument_checks import as_one_batch, check_loss, check_tracked
 from _hessian.costs import RouteCost, factor_operations, free_bytes
 from _hessian.data_sets import DataSet, TracksLosses
 from _hessian.dense import dense_matrix, factor_dense
 from _hessian.factorization import Factor
 from _hessian.general_operation import ClosedForms, check_closed_forms
 from _hessian.graph import Builder
-from _hessian.graph_costs import checkpoint_starts, sweep_cost
+from _hessian.graph_costs import checkpoint_starts, step_costs, sweep_cost
 from _hessian.graph_elimination import GraphSweep, Program
 from _hessian.layers import Damping, TrackedBatch, TrackedDataSet
 from _hessian.operations import Operation
@@ -197,12 +197,11 @@ class Network(NamedTuple):
                 self.parameters,
                 self.loss,
                 self.gauss_newton,
-                self.state_damping,
                 separate_biases,
                 self.closed_forms,
             )
             self.kept.programs[separate_biases] = program
-        return self.kept.programs[separate_biases]
+        return self.kept.programs[separate_biases]._replace(state_charge=self.state_damping / len(self.inputs[0]))
 
     def _products(self) -> Products:
         if self.kept.products is None:
@@ -211,13 +210,15 @@ class Network(NamedTuple):
 
     def product(self, v: Tensor) -> Tensor:
         product = self._products()(v)
-        if not self.state_damping:
-            return product
+        return product + self.state_damping * self.state_product(v) if self.state_damping else product
+
+    def state_product(self, v: Tensor) -> Tensor:
+        """Σ SᵀS v/N for v (P, k), S v the change of the outputs of the affine operations but the last."""
         program = self.program
         if self.kept.states is None and self.kept.builder is not None:
             self.kept.states = StateProducts(self.kept.builder, program)
         assert self.kept.states is not None
-        return product + program.state_charge * self.kept.states(v)
+        return self.kept.states(v) / len(self.inputs[0])
 
     def dense(self) -> Tensor:
         """H (P, P). With few samples, columns are made together under vmap, as long as H is then that of a product."""
@@ -306,6 +307,46 @@ class Network(NamedTuple):
             program = program.in_float32()
         return GraphSweep(program, epsilons, definite_only=definite_only, keep=settings.keep, starts=starts), None
 
+    def share_done(self, index: int) -> float:
+        operations = [step.operations for step in step_costs(self.program)]  # last operation first
+        return sum(operations[: len(operations) - index]) / sum(operations)
+
+
+class NetworkAtBatch(NamedTuple):
+    """A float64 copy of a network, traced at one batch."""
+
+    copied: TrackedNetwork
+    traced: Traced
+    batch: TrackedBatch[tuple[Tensor, ...]]
+
+    def of_samples(self, index: Tensor) -> NetworkAtBatch:
+        """The same network at some samples of the batch, (k,) indices."""
+        inputs = tuple(x[index] for x in self.batch.inputs)
+        batch = self.batch._replace(inputs=inputs, targets=self.batch.targets[index])
+        return self._replace(traced=_trace(self.copied, inputs), batch=batch)
+
+    def system(self, curvature: str, state_damping: float = 0.0) -> Network:
+        parameters = {name: p.numel() for name, p in self.copied.net.named_parameters() if p.requires_grad}
+        if not parameters:
+            raise ValueError("all parameters are frozen (requires_grad=False): H is that of those which are not")
+        return Network(
+            self.copied.net,
+            self.traced,
+            self.batch.inputs,
+            parameters,
+            lambda outputs: self.copied.loss_value(outputs, self.batch.targets),
+            curvature == "gauss_newton",
+            state_damping,
+            self.copied.closed_forms,
+            _Kept(),
+        )
+
+
+def network_at_batch(model: TrackedNetwork, loss: Tensor) -> NetworkAtBatch:
+    """Of a tracked loss of one batch, after every check that it is that of the parameters."""
+    tracked = check_tracked(model._tracked, loss, list(model.parameters()))
+    return _checked_at_batch(_in_float64(model), as_one_batch(tracked), loss.device)
+
 
 def network_system(model: TrackedNetwork, loss: Tensor, curvature: str, state_damping: float) -> Network | DataSet:
     """The system at the tracked loss, after every check that it is that of the parameters."""
@@ -314,13 +355,26 @@ def network_system(model: TrackedNetwork, loss: Tensor, curvature: str, state_da
     traces: list[Traced] = []  # one serves all batches
 
     def network(batch: TrackedBatch[tuple[Tensor, ...]]) -> Network:
-        batch = _batch_in_float64(batch, loss.device)
-        check_loss(batch, copied(batch.inputs, batch.targets), "the network in float64")
-        if not traces:
-            traces.append(trace(copied.net, batch.inputs, tuple(model.closed_forms)))
-        return _network(copied, traces[0], batch, curvature, state_damping)
+        at_batch = _checked_at_batch(copied, batch, loss.device, *traces)
+        traces[:] = [at_batch.traced]
+        return at_batch.system(curvature, state_damping)
 
     return DataSet(tracked, network) if isinstance(tracked, TrackedDataSet) else network(tracked)
+
+
+def _checked_at_batch(
+    copied: TrackedNetwork,
+    batch: TrackedBatch[tuple[Tensor, ...]],
+    device: torch.device,
+    traced: Traced | None = None,
+) -> NetworkAtBatch:
+    batch = _batch_in_float64(batch, device)
+    check_loss(batch, copied(batch.inputs, batch.targets), "the network in float64")
+    return NetworkAtBatch(copied, traced or _trace(copied, batch.inputs), batch)
+
+
+def _trace(copied: TrackedNetwork, inputs: tuple[Tensor, ...]) -> Traced:
+    return trace(copied.net, inputs, tuple(copied.closed_forms))
 
 
 def resized(model: TrackedNetwork, batch_size: int, curvature: str) -> Network:
@@ -330,9 +384,7 @@ def resized(model: TrackedNetwork, batch_size: int, curvature: str) -> Network:
     copied, tracked = _in_float64(model), model._tracked
     batch = _batch_in_float64(tracked, tracked.value.device)
     index = torch.arange(batch_size, device=batch.targets.device) % len(batch.inputs[0])
-    batch = batch._replace(inputs=tuple(x[index] for x in batch.inputs), targets=batch.targets[index])
-    traced = trace(copied.net, batch.inputs, tuple(model.closed_forms))
-    return _network(copied, traced, batch, curvature, 0.0)
+    return NetworkAtBatch(copied, _trace(copied, batch.inputs), batch).of_samples(index).system(curvature)
 
 
 def operations_of(model: TrackedNetwork) -> tuple[Operation, ...]:
@@ -356,26 +408,3 @@ def _batch_in_float64(
         for part in (batch.inputs, [batch.targets])
     )
     return batch._replace(inputs=tuple(inputs), targets=targets[0])
-
-
-def _network(
-    copied: TrackedNetwork,
-    traced: Traced,
-    batch: TrackedBatch[tuple[Tensor, ...]],
-    curvature: str,
-    state_damping: float,
-) -> Network:
-    parameters = {name: p.numel() for name, p in copied.net.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ValueError("all parameters are frozen (requires_grad=False): H is that of those which are not")
-    return Network(
-        copied.net,
-        traced,
-        batch.inputs,
-        parameters,
-        lambda outputs: copied.loss_value(outputs, batch.targets),
-        curvature == "gauss_newton",
-        state_damping,
-        copied.closed_forms,
-        _Kept(),
-    )

@@ -10,9 +10,6 @@ from torch import Tensor
 
 from _hessian.argument_checks import checked_nonnegative
 
-PATIENCE = 5  # Gauss–Newton steps over which progress is judged, at first
-MOMENTUM_DECAYS = (0.0, 0.8, 0.95)  # of the sums of earlier steps
-
 
 class Options(NamedTuple):
     """The options of `DampedNewton`, which explains them. The optimizer's parameter group holds them by name."""
@@ -75,34 +72,10 @@ class State(TypedDict, total=False):
     step: int  # steps so far
     damping: float  # λ that the next Gauss–Newton step tries first
     hessian_damping: float  # the same for the exact Hessian
-    momentum: Tensor  # (3, P) sums of earlier steps, one for each of MOMENTUM_DECAYS
-    # conjugate gradients
-    data: tuple[float, ...]  # fingerprint of the last batch
+    exact: bool  # whether curvature='auto' takes the exact Hessian
+    objectives: list[float]  # f before the last Gauss–Newton steps
     last: Tensor  # (P,) the last accepted step
-    # curvature='auto'
-    objectives: list[float]  # before the last Gauss–Newton steps
-    patience: int  # Gauss–Newton steps over which progress is judged
-    decrease: float  # of the objective in one of them, on average
-    polishing: bool  # whether the exact Hessian is in use
-    polished: int  # steps since it is
-    failed: bool  # whether it is because Gauss–Newton found no step
-    gradient_norm: float  # before the last step with the exact Hessian
-    ending: bool  # whether the last step was judged by its gradient: the objective showed no difference
 
 
-def initial_state(parameter: Tensor, num_parameters: int, damping: float) -> State:
-    """parameter: one of the model, for dtype and device."""
-    momentum = parameter.new_zeros(len(MOMENTUM_DECAYS), num_parameters, requires_grad=False)
-    return {
-        "step": 0,
-        "damping": damping,
-        "hessian_damping": damping,
-        "polishing": False,
-        "polished": 0,
-        "failed": False,
-        "ending": False,
-        "patience": PATIENCE,
-        "data": (),
-        "objectives": [],
-        "momentum": momentum,
-    }
+def initial_state(damping: float) -> State:
+    return {"step": 0, "damping": damping, "hessian_damping": damping, "exact": False, "objectives": []}

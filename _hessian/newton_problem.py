@@ -1,79 +1,144 @@
-"""What one step of `DampedNewton` works on: the objective and its gradient, and the samples that give the curvature."""
+"""What one step of `DampedNewton` works on: the objective, its gradient, and matrices of its curvature."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from _hessian import factorization
+from _hessian.costs import RouteCost, route_costs, shapes_of_layers
+from _hessian.factorization import Solver, System
+from _hessian.gram import gauss_newton_product
 from _hessian.input_span import InputSpan, is_wide
-from _hessian.layers import LayerDerivatives, OutputHessian, TrackedBatch, same_shape_groups
+from _hessian.layers import LayerDerivatives, OutputHessian, TrackedBatch, same_shape_groups, with_curvature
+from _hessian.network import Network, NetworkAtBatch, TrackedNetwork
 from _hessian.newton_options import Options
-from _hessian.trial_losses import Network, Objective
+from _hessian.objective import Chain, ChainLosses, NetworkLosses, Objective
+from _hessian.settings import Settings
 
 
-class Solution(NamedTuple):
-    """x with (G + cI + λD) x = −g. The step of length a is a x; with a correction y, a x + a² y is tried too."""
+class Problem(Protocol):
+    """f(θ + x) ≈ f + gᵀx + ½ xᵀ(G + cI)x at one batch.
 
-    damping: float  # λ
-    x: Tensor  # (P,)
-    correction: Tensor | None = None  # (P,)
+    The curvature is that of the sub-batch, if there is one. The rest is of all samples.
+    """
+
+    options: Options
+    num_samples: int
+    objective: Objective
+    gradient: Tensor  # (P,) g
+    bends: bool  # whether Gauss–Newton steps have a second-order correction: it pays for the mean square loss
+
+    @property
+    def span(self) -> InputSpan | None:
+        """θ, g and steps are in its coordinates."""
+
+    @property
+    def layers(self) -> tuple[LayerDerivatives, ...] | None:
+        """Of the sub-batch, if the Gram route knows the network."""
+
+    def hessian_bytes(self) -> float:
+        """Memory to factor H."""
+
+    def system(self, curvature: str, state_damping: float = 0.0) -> System:
+        """H or JᵀΛJ, plus the state damping."""
+
+    def state_product(self, v: Tensor) -> Tensor:
+        """Σ SᵀS v/N for v (P,), S v the change of all hidden pre-activations."""
+
+    def product(self, v: Tensor) -> Tensor:
+        """JᵀΛJ v of all samples, for v (P,)."""
 
 
-Solve = Callable[[Sequence[float]], list[Solution]]  # the solutions at some λ, without those where it fails
+def sub_batch_indices(options: Options, num_samples: int, step: int) -> Tensor | None:
+    """(k,); None for all samples."""
+    k = options.curvature_samples(num_samples)
+    if k == num_samples:
+        return None
+    generator = torch.Generator().manual_seed(1_000_003 * options.seed + step)
+    return torch.randperm(num_samples, generator=generator)[:k].sort().values
 
 
-class Preconditioner(NamedTuple):
-    """G + cI + λD with G of the sub-batch."""
-
-    inverse: Callable[[Tensor], Tensor]  # its inverse times v (P,)
-    metric: Callable[[Tensor], Tensor]  # (cI + λD) v
-
-
-class StepProblem:
-    """f(θ + x) ≈ f + gᵀx + ½ xᵀ(G + cI)x at one batch; with a wide first layer, in the span of its inputs."""
+class ChainProblem:
+    """Of a `DeepMLPWithTracking`; with a wide first layer, in the span of its inputs."""
 
     def __init__(
         self,
-        network: Network,
-        batch: TrackedBatch,
+        chain: Chain,
+        batch: TrackedBatch[Tensor],
         layers: tuple[LayerDerivatives, ...],
         options: Options,
         step: int,
+        solver: Solver,
     ):
-        self.options, self.batch = options, batch
-        N = len(batch.inputs)
-        self.all_samples = options.uses_all_samples(N)
-        self.conjugate_gradients = options.uses_conjugate_gradients(N)
-        self.smallest_damping = _smallest_damping(float(batch.value), layers[-1].loss_hessian)
+        self.options, self.num_samples, self._solver = options, len(batch.inputs), solver
         self.span: InputSpan | None = None
-        if is_wide(N, layers[0].inputs.shape[1], len(layers[0].weight)):
-            self.span = InputSpan.build(layers[0], network.linears[0].bias)
+        if is_wide(self.num_samples, layers[0].inputs.shape[1], len(layers[0].weight)):
+            self.span = InputSpan.build(layers[0], chain.linears[0].bias)
             layers = (layers[0]._replace(weight=self.span.weight, inputs=self.span.inputs), *layers[1:])
-        self.layers = layers  # of all samples
-        self.objective = Objective(network, batch.inputs, batch.targets, options.weight_decay, self.span)
-        self.theta = self.objective.theta
-        self.gradient = _loss_gradient(layers)  # g (P,)
-        if options.weight_decay:
-            self.gradient = self.gradient + options.weight_decay * self.theta
-        self.gradient_norm = float(torch.linalg.vector_norm(self.gradient))
-        self.curvature_layers = layers  # of the sub-batch, if there is one
-        if not self.all_samples:
-            generator = torch.Generator().manual_seed(1_000_003 * options.seed + step)
-            chosen = torch.randperm(N, generator=generator)[: options.curvature_samples(N)].sort().values
-            self.curvature_layers = sub_batch(layers, chosen.to(layers[0].inputs.device))
+        self.bends = chain.loss == "mse" and options.uses_all_samples(self.num_samples)
+        self.objective = Objective(ChainLosses(chain, batch, self.span), options.weight_decay)
+        self.gradient = _loss_gradient(layers) + options.weight_decay * self.objective.theta
+        chosen = sub_batch_indices(options, self.num_samples, step)
+        self.layers = layers if chosen is None else sub_batch(layers, chosen.to(batch.inputs.device))
+        # products in the model's dtype, as the trials are
+        single = batch.inputs.dtype == torch.float32 and chosen is not None
+        self._all_layers = tuple(x.in_float32() for x in layers) if single else layers
+
+    def hessian_bytes(self) -> float:
+        return _bytes(route_costs(shapes_of_layers(self.layers), self.num_samples))
+
+    def system(self, curvature: str, state_damping: float = 0.0) -> System:
+        return factorization.Chain(self._solver, with_curvature(self.layers, curvature, state_damping))
+
+    def state_product(self, v: Tensor) -> Tensor:
+        *hidden, last = with_curvature(self.layers, "gauss_newton", 1.0)
+        last = last._replace(output=OutputHessian(torch.zeros_like(last.loss_hessian.diagonal), zero_sum=False))
+        return self._solver.product((*hidden, last), v[:, None])[:, 0]
+
+    def product(self, v: Tensor) -> Tensor:
+        layers = self._all_layers
+        return gauss_newton_product(layers, v.to(layers[0].weight.dtype)[:, None])[:, 0].double()
 
 
-def _smallest_damping(loss: float, output: OutputHessian) -> float:
-    """Any λ of 1e-30 or less stands for 0. It is less where a cross-entropy, and the curvature with it, is below 1."""
-    scale = 1.0
-    if output.zero_sum:
-        # the mean of Σ π over all classes but the likeliest: the loss of a right guess, with all its digits
-        scale = float(output.diagonal.scatter(1, output.diagonal.argmax(1, keepdim=True), 0.0).sum())
-    least_scale = 1e-200  # so that λ stays a number above 0
-    return 1e-30 * min(max(loss, scale, least_scale), 1.0)
+class NetworkProblem:
+    """Of a `TrackedNetwork`."""
+
+    bends, span, layers = False, None, None
+
+    def __init__(self, model: TrackedNetwork, at_batch: NetworkAtBatch, options: Options, step: int):
+        self.options, self.num_samples = options, len(at_batch.batch.targets)
+        tracked = model._tracked
+        assert isinstance(tracked, TrackedBatch), "checked with the loss"
+        self.objective = Objective(NetworkLosses(model, tracked), options.weight_decay)
+        in_float64 = Objective(NetworkLosses(at_batch.copied, at_batch.batch), options.weight_decay)
+        self.gradient = in_float64.gradient(self.objective.theta)
+        chosen = sub_batch_indices(options, self.num_samples, step)
+        self._sub_batch = at_batch if chosen is None else at_batch.of_samples(chosen.to(self.gradient.device))
+        self._all_samples = at_batch.system("gauss_newton")
+        self._systems: dict[str, Network] = {}
+
+    def hessian_bytes(self) -> float:
+        return _bytes(self.system("hessian").costs(Settings()))
+
+    def system(self, curvature: str, state_damping: float = 0.0) -> Network:
+        if curvature not in self._systems:
+            self._systems[curvature] = self._sub_batch.system(curvature)
+        return self._systems[curvature]._replace(state_damping=state_damping)
+
+    def state_product(self, v: Tensor) -> Tensor:
+        return self.system("gauss_newton").state_product(v[:, None])[:, 0]
+
+    def product(self, v: Tensor) -> Tensor:
+        return self._all_samples.product(v[:, None])[:, 0]
+
+
+def _bytes(costs: Mapping[str, RouteCost]) -> float:
+    """Of the route with the fewest operations."""
+    return min(costs.values(), key=lambda cost: cost.operations).bytes
 
 
 def _loss_gradient(layers: Sequence[LayerDerivatives]) -> Tensor:
@@ -102,14 +167,3 @@ def sub_batch(layers: Sequence[LayerDerivatives], chosen: Tensor) -> tuple[Layer
         )
         for layer in layers
     )
-
-
-def batch_fingerprint(inputs: Tensor, targets: Tensor) -> tuple[float, ...]:
-    """Three sums over the samples, in any order of them. Another batch hardly ever has the same."""
-
-    def weights(width: int) -> Tensor:
-        return torch.arange(1, width + 1, dtype=inputs.dtype, device=inputs.device).cos()
-
-    of_inputs = (inputs @ weights(inputs.shape[1])).double()
-    of_targets = targets.double() if targets.ndim == 1 else targets.double() @ weights(targets.shape[1]).double()
-    return float(len(inputs)), float(of_inputs.square().sum()), float((of_inputs * (of_targets + 1)).sum())

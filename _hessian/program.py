@@ -25,7 +25,6 @@ def make_program(
     trainable: Mapping[str, int],
     loss: Callable[[Tensor], Tensor],
     gauss_newton: bool,
-    state_damping: float = 0.0,
     separate_biases: bool = False,
     closed_forms: ClosedForms = MappingProxyType({}),
 ) -> tuple[Program, Builder]:
@@ -45,13 +44,12 @@ def make_program(
         else:
             operations.append(linearize(node, [graph.tensors[x] for x in node.inputs], beta, closed_forms))
     outputs = graph.tensors[graph.output]
-    charge = state_damping / len(outputs)
     parameters = {
         value for x in operations for value in x.inputs if value.batch_dim is None and value.name in trainable
     }
     parameters |= {x.own for x in operations if isinstance(x, Affine) and x.own is not None}
     points = elimination_points(operations, graph.output, parameters)
-    program = Program(operations, dict(trainable), graph.output, loss_hessian(loss, outputs), points, charge)
+    program = Program(operations, dict(trainable), graph.output, loss_hessian(loss, outputs), points)
     return program, builder
 
 

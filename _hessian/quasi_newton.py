@@ -1,15 +1,35 @@
-"""Quasi-Newton steps (L-BFGS) that start from a factored Hessian instead of a multiple of the identity."""
+"""Minimization with a factored Hessian: one factorization serves a Newton step, and quasi-Newton steps after it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from _hessian.damping_search import Search, Trial
 from _hessian.factorization import HessianFactorization
-from _hessian.trial_losses import Steps
+
+ROUNDING = 1e-13  # relative to f: smaller differences decide nothing
+
+
+class Smooth(Protocol):
+    def __call__(self, theta: Tensor) -> Tensor:
+        """f (k,) at θ (k, P)."""
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        """(P,) at θ (P,)."""
+
+
+class Point(NamedTuple):
+    theta: Tensor  # (P,)
+    value: float  # f
+    gradient: Tensor  # (P,)
+
+    @property
+    def gradient_norm(self) -> float:
+        return float(torch.linalg.vector_norm(self.gradient))
 
 
 class Secant(NamedTuple):
@@ -20,40 +40,101 @@ class Secant(NamedTuple):
     sy: float  # sᵀy > 0
 
 
-def inverse_bfgs_product(factorization: HessianFactorization, secants: Sequence[Secant], v: Tensor) -> Tensor:
-    """B⁻¹v (P,), B the factored matrix after a BFGS update by each secant: the two loops of Nocedal (1980)."""
+Inverse = Callable[[Tensor], Tensor]
+
+
+def direct_solve(factorization: HessianFactorization, v: Tensor) -> Tensor:
+    """For v (P,)."""
+    return factorization._direct(v[:, None])[:, 0]
+
+
+def inverse_bfgs_product(inverse: Inverse, secants: Sequence[Secant], v: Tensor) -> Tensor:
+    """B⁻¹v (P,), B the matrix of `inverse` after a BFGS update by each secant: the two loops of Nocedal (1980)."""
     v, parts = v.clone(), []
     for s, y, sy in reversed(secants):
         parts.append(s @ v / sy)
         v -= parts[-1] * y
-    v = factorization._direct(v[:, None])[:, 0]
+    v = inverse(v)
     for (s, y, sy), part in zip(secants, reversed(parts), strict=True):
         v += (part - y @ v / sy) * s
     return v
 
 
+def lower_point(objective: Smooth, start: Point, x: Tensor, by_gradient: bool) -> Point | None:
+    """The lowest of four points along x. by_gradient: or θ + x, if rounding hides whether f falls, and ‖g‖ does."""
+    thetas = torch.stack([start.theta + a * x for a in (1.0, 3.0, 0.3, 0.1)])
+    values = objective(thetas)
+    value, index = torch.where(values.isfinite(), values, torch.inf).min(0)
+    slack = ROUNDING * abs(start.value)
+    if value < start.value - slack:
+        return Point(thetas[index], float(value), objective.gradient(thetas[index]))
+    if by_gradient and values[0] <= start.value + slack:
+        full = Point(thetas[0], float(values[0]), objective.gradient(thetas[0]))
+        return full if full.gradient_norm < start.gradient_norm else None
+    return None
+
+
 def quasi_newton_steps(
-    search: Search,
-    factorization: HessianFactorization,
-    best: Trial,
-    *,
-    max_steps: int = 16,
-    lengths: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0),
-) -> Trial:
-    """The best trial and further steps from there, as long as f falls. All use one factorization."""
-    objective, theta = search.problem.objective, search.problem.theta
-    step, gradient = best.step, search.problem.gradient
-    secants: list[Secant] = []
+    objective: Smooth, inverse: Inverse, start: Point, gtol: float, max_steps: int, by_gradient: bool
+) -> Point:
+    """A Newton step, and L-BFGS steps that start from the factored matrix, as long as they get lower.
+
+    A step costs a gradient, a solve, and four values of f.
+    """
+    point, secants = start, list[Secant]()
     for _ in range(max_steps):
-        before, gradient = gradient, objective.gradient(theta + best.step)
-        change = gradient - before
-        sy = float(step @ change)
-        if sy > 0:  # else the matrix would not stay positive definite
-            secants.append(Secant(step, change, sy))
-        x = -inverse_bfgs_product(factorization, secants, gradient)
-        rows = Steps([((1.0, best.step), (a, x)) for a in lengths])
-        found = search.best_of(rows, [best.damping] * len(rows), lengths)
-        if not found.value < best.value:
+        x = -inverse_bfgs_product(inverse, secants, point.gradient)
+        found = lower_point(objective, point, x, by_gradient)
+        if found is None:
             break
-        step, best = found.length * x, found._replace(length=best.length)
-    return best
+        s, y = found.theta - point.theta, found.gradient - point.gradient
+        point = found
+        if point.gradient_norm <= gtol:
+            break
+        if (sy := float(s @ y)) > 0:  # else the matrix would not stay positive definite
+            secants.append(Secant(s, y, sy))
+    return point
+
+
+class Round(NamedTuple):
+    point: Point
+    damping: float  # λ of the factored matrix
+    num_dampings: int  # tried
+
+    @property
+    def next_damping(self) -> float:
+        return 0.1 * self.damping
+
+
+def exact_round(
+    objective: Smooth,
+    start: Point,
+    factorized: Callable[[float], HessianFactorization | None],
+    damping: float,
+    *,
+    gtol: float,
+    smallest: float = 1e-10,
+    max_steps: int = 16,
+) -> Round | None:
+    """Quasi-Newton steps with H + λD, at the least λ of `damping`, 10 `damping`, … that lowers f.
+
+    factorized: the matrix at λ; None where it is not positive definite. smallest: a smaller λ stands for 0. None where
+    no λ lowers f. Where the model promises a decrease that rounding hides, λ = 0 is tried, and ‖g‖ decides.
+    """
+    hidden = False
+    for count in range(1, 41):
+        damping = 0.0 if hidden or damping < smallest else damping
+        factorization = factorized(damping)
+        if factorization is not None:
+            inverse = partial(direct_solve, factorization)
+            end = quasi_newton_steps(objective, inverse, start, gtol, max_steps, by_gradient=damping == 0)
+            if end is not start:
+                return Round(end, damping, count)
+            decrease = 0.5 * float(start.gradient @ inverse(start.gradient))
+            if not hidden and damping > 0 and decrease <= ROUNDING * abs(start.value):
+                hidden = True
+                continue
+        if hidden:
+            break
+        damping = max(10 * damping, smallest)
+    return None

@@ -16,10 +16,9 @@ from _hessian.costs import (
     route_costs,
     shapes_of_linears,
 )
-from _hessian.damping_search import search_settings
 from _hessian.input_span import is_wide
 from _hessian.newton_options import Options
-from _hessian.trial_losses import Network
+from _hessian.objective import Chain
 
 _SWEEP_RATE = 0.8  # of the rate of large products: a sweep's are small (0.6 at 4 samples, 128 units; 0.83 at 16, 256)
 
@@ -74,11 +73,11 @@ def sweep_bytes(shapes: Shapes, N: int) -> float:
     return route_costs(shapes, N)["sweep"].bytes
 
 
-def estimate_step_cost(network: Network, options: Options, batch_size: int, num_dampings: int | None) -> StepCost:
+def estimate_step_cost(chain: Chain, options: Options, batch_size: int, num_dampings: int | None) -> StepCost:
     """The solves' leading terms, the passes over the whole batch, and the vectors of all parameters."""
-    shapes, N = shapes_of_linears(network.linears, network.skips, network.loss == "cross_entropy"), batch_size
+    shapes, N = shapes_of_linears(chain.linears, chain.skips, chain.loss == "cross_entropy"), batch_size
     (a, _, d, *_), P = shapes[0], num_parameters(shapes)
-    single = network.linears[0].weight.dtype == torch.float32
+    single = chain.linears[0].weight.dtype == torch.float32
     half = 0.5 if single else 1.0
     operations = 2 * N * P * (half + 3)  # the closure's forward pass; then forward, backward and gradient in float64
     kept_vectors, update_vectors = 4.0, 7.0  # of P numbers in float64
@@ -93,7 +92,7 @@ def estimate_step_cost(network: Network, options: Options, batch_size: int, num_
     route = "gram" if by_gram else cheapest_route(shapes, k)
     tries = num_dampings or (3 if by_gram and not options.uses_conjugate_gradients(N) else 1)
     solves = _SOLVES[route](shapes, k, options, tries)
-    trials = tries * len(search_settings(options, N).lengths)
+    trials = tries * 3
     operations += 2 * N * reduced * half * trials + solves.operations
     # through memory that is new to the process: in the step, for each trial, and for each λ
     traffic = 8 * (P * 32 + reduced * (6 * trials + 130 * tries)) + solves.traffic

@@ -34,14 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from _hessian.costs import (
-    cheapest_route,
-    layer_operations,
-    natural_operations,
-    prefers_many_classes,
-    shapes_of_layers,
-)
-from _hessian.factorization import HessianFactorization, Layers, Solver, factorize
+from _hessian.factorization import HessianFactorization, System, factorize_system
 from _hessian.layers import NotPositiveDefinite, SingularHessianError
 from _hessian.refinement import UNIT_ROUNDOFF
 from _hessian.settings import Settings
@@ -200,24 +193,17 @@ def _krylov_space(
 
 
 def factorize_definite(
-    solver: Solver, layers: Layers, damping: float, route: str, H: Tensor | None = None
+    system: System, damping: float, route: str, H: Tensor | None = None
 ) -> tuple[HessianFactorization | None, float]:
     """H + damping·I, factored, and the share of the operations that were done. None where it is not positive definite.
 
-    The sweep stops at the first layer whose pivot has no Cholesky factor: for ε > 0, H + εI ≻ 0 ⇔ every pivot ≻ 0
-    (Haynsworth). A failed dense factorization counts as a whole one. route: 'sweep' or 'dense'. H: if it was formed.
+    The sweep stops at the first pivot without a Cholesky factor: for ε > 0, H + εI ≻ 0 ⇔ every pivot ≻ 0 (Haynsworth).
+    A failed dense factorization counts as a whole one. route: 'sweep' or 'dense'. H: if it was formed.
     """
     try:
-        return factorize(solver, layers, Settings(damping, route=route), definite_only=True, formed=H), 1.0
+        return factorize_system(system, Settings(damping, route=route), definite_only=True, formed=H), 1.0
     except NotPositiveDefinite as stop:
-        if route == "dense":
-            return None, 1.0
-        shapes, N = shapes_of_layers(layers), len(layers[0].inputs)
-        many_classes = prefers_many_classes(shapes, N)
-        operations = [layer_operations(shapes, index, N, many_classes) for index in range(len(shapes))]
-        always = natural_operations(shapes, N)
-        done = operations[stop.index].pivot + sum(map(sum, operations[stop.index + 1 :]))
-        return None, (always + done) / (always + sum(map(sum, operations)))
+        return None, 1.0 if route == "dense" else system.share_done(stop.index)
 
 
 def _prove(
@@ -256,8 +242,7 @@ def _prove(
 
 
 def solve_trust_region(
-    solver: Solver,
-    layers: Layers,
+    system: System,
     g: Tensor,
     radius: float,
     weight_decay: float = 0.0,
@@ -265,13 +250,12 @@ def solve_trust_region(
     rtol: float = 1e-4,
     route: str = "auto",
 ) -> TrustRegionStep:
-    """`newton.trust_region_step` for layers (P parameters) and a finite g (P,) in float64, unchecked."""
-    if route == "auto":
-        route = cheapest_route(shapes_of_layers(layers), len(layers[0].inputs))
-    H = solver.dense(layers) if route == "dense" else None
+    """`newton.trust_region_step` for H = `system` and a finite g (P,) in float64, unchecked."""
+    route = system.choose_route(Settings(1.0, route=route), formed=False, may_mix=False)
+    H = system.dense() if route == "dense" else None
 
     def product(v: Tensor) -> Tensor:  # A v
-        return (solver.product(layers, v) if H is None else H @ v) + weight_decay * v
+        return (system.product(v) if H is None else H @ v) + weight_decay * v
 
     space = _krylov_space(product, g[:, None], radius, rtol)
     reduced = space.solve(radius)
@@ -283,7 +267,7 @@ def solve_trust_region(
         shift = max(reduced.damping + margin, low + growth)
         if shift <= low or (growth and shift > high):
             shift = math.sqrt(low * high)
-        factorization, share = factorize_definite(solver, layers, weight_decay + shift, route, H)
+        factorization, share = factorize_definite(system, weight_decay + shift, route, H)
         work += share
         if factorization is None:  # −λ_min ≥ σ: V has not found λ_min, by about the residual of its lowest vector
             low, unseen = shift, float(torch.linalg.vector_norm(space.residuals(reduced)[:, 1]))

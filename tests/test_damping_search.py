@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from _hessian.damping_search import DampingFactors, Search, Trial
 from torch import Tensor
 
-from _hessian.damping_search import DampingFactors, Search, Trial
 from _hessian.newton_problem import Solution
 from newton import DampedNewton
 from tests.newton_oracles import closure_of, problem_of

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
+from _hessian.conjugate_gradients import ConjugateGradients
 from torch import Tensor
 
 from _hessian import conjugate_gradients, input_span
-from _hessian.conjugate_gradients import ConjugateGradients
 from _hessian.gram import GramSystem, gauss_newton_product
 from _hessian.newton_problem import Preconditioner, batch_fingerprint
 from hessian import DeepMLPWithTracking

@@ -8,20 +8,20 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from _hessian.conjugate_gradients import ConjugateGradients
+from _hessian.damping_search import Search, Trial
+from _hessian.factored_steps import FactoredSteps, definite_factorization
+from _hessian.gram_steps import GramSteps
+from _hessian.trial_losses import accurate_loss
 from torch import Tensor
 
 import hessian
 from _hessian import input_span, newton_problem, newton_step, quasi_newton, step_cost
-from _hessian.conjugate_gradients import ConjugateGradients
 from _hessian.costs import shapes_of_layers
-from _hessian.damping_search import Search, Trial
-from _hessian.factored_steps import FactoredSteps, definite_factorization
-from _hessian.gram_steps import GramSteps
 from _hessian.losses import loss_value
 from _hessian.newton_problem import sub_batch
 from _hessian.quasi_newton import Secant, inverse_bfgs_product
 from _hessian.refinement import Refined
-from _hessian.trial_losses import accurate_loss
 from hessian import (
     DeepMLPWithTracking,
     HessianFactorization,

@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-
-from _hessian import damping_search, input_span, newton_step
 from _hessian.damping_search import Trial
 from _hessian.factored_steps import FactoredSteps
 from _hessian.trial_losses import Objective, accurate_loss
+from torch import Tensor
+
+from _hessian import damping_search, input_span, newton_step
 from hessian import DeepMLPWithTracking
 from newton import DampedNewton
 from tests.newton_oracles import (
