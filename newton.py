@@ -10,15 +10,17 @@ Let f be the objective, loss + ½c‖θ‖², and g its gradient. A step is θ +
 
     (G + cI + λD) x = −g.
 
-G is the Gauss–Newton matrix JᵀΛJ, or the exact Hessian H. λ ≥ 0 is the damping, D the metric, a > 0 the length.
+G is the Gauss–Newton matrix JᵀΛJ. λ > 0 is the damping, D the metric, a > 0 the length. One step:
+
+    repeat  solve for x; f at θ + a x for a = ¼, ½, 1, 2, 4, in one forward pass; λ ← 10 λ
+    until   one of them lowers f; take the lowest; λ ← λ/a²
 
 A step is good as long as the linearization of the network holds. In a deep network that ends when the pre-activations
 of some layer change too much. A short change of the parameters can do that, and a long one need not. So D measures the
 change of activations (metric='state').
 
-λ and a are found by trial. The system is solved for a few λ, exactly, or with a sub-batch by preconditioned conjugate
-gradients. The objective is evaluated at a few lengths of each solution, all in one batched forward pass. The lowest one
-wins.
+Near a minimum with a residual Gauss–Newton gets slow. There the exact Hessian H takes its place. A matrix H + cI + λD is
+factored, with λ raised until it is positive definite. It serves a Newton step and up to 15 quasi-Newton steps after it.
 
 References: Levenberg (1944), Marquardt (1963); Tassa, Erez & Todorov (2012), damping of states; Transtrum & Sethna
 (2012), the second-order correction; Moré & Sorensen (1983), the trust-region step; Nocedal (1980), L-BFGS.
@@ -53,47 +55,38 @@ class DampedNewton(torch.optim.Optimizer):
     lowers the objective on that batch, or leaves the parameters as they are, bit for bit. One exception: at the end of
     a quadratic convergence f shows no difference. There ‖g‖ must fall, and f may rise by its rounding, 1e-13 of it.
 
-    curvature: G. 'gauss_newton': JᵀΛJ. 'hessian': the exact H. 'auto': Gauss–Newton; the exact Hessian where
+    curvature: 'gauss_newton'; 'hessian', the exact H in every step; 'auto': Gauss–Newton, and the exact H where
     Gauss–Newton gets slow near a minimum with a residual, and to leave saddles.
-    metric: D, what λ penalizes. 'parameter': ‖x‖². 'state': the change of all hidden pre-activations that each layer's
-    part of x causes by itself. 'auto': 'parameter' for models of one input (curve fitting, where activations are nearly
-    collinear), else 'state'.
-    route: how Gauss–Newton systems are solved, each exactly. 'gram': in N·C unknowns. 'sweep': layer by layer, as in
-    hessian.py. 'auto': the one with fewer counted operations.
+    metric: D, what λ penalizes. 'parameter': ‖x‖². 'state': the change of all hidden pre-activations (below). 'auto':
+    'state' for a `DeepMLPWithTracking` of more than one input, else 'parameter'.
+    route: how Gauss–Newton systems are solved. 'gram': in N·C unknowns (`DeepMLPWithTracking` only). 'sweep': by a
+    factorization, as in hessian.py. 'auto': the one with fewer counted operations.
     curvature_batch: k. G is that of k samples, drawn anew for each step from (seed, step). None: of all samples. The
     gradient and the trial objectives are always those of the whole batch.
     cg_iterations: of conjugate gradients, at most. With a curvature_batch they solve the Gauss–Newton system of all
-    samples, and the exact solve with the k samples is their preconditioner. If the data are those of the last step,
-    they begin along that step. 0: the curvature of the k samples alone.
+    samples, and the exact solve with the k samples is their preconditioner. 0: the curvature of the k samples alone.
     weight_decay: c of the L2 term ½c‖θ‖², exactly: in f, g, the curvature and the trials. (SGD's weight_decay.)
     damping: the first λ. Each step finds its own from there.
     metric_damping: ρ, see below. None: 1e-4, or 0.1 with a curvature_batch.
     gtol, htol: `converged` is set where ‖g‖ ≤ gtol and H + (c + htol) I is positive definite, by its inertia: a
     second-order stationary point; then `.report.certified` is True. H is not examined where curvature_batch leaves
     samples out, or where its factorization would take more than 4 GB. There ‖g‖ ≤ gtol suffices, and
-    `.report.certified` is False. A float32 model can't reach the default gtol. With more than 3,000 parameters and the
-    sweep, the caveat of `factorize_hessian` about tiny dampings holds for htol.
+    `.report.certified` is False. A float32 model can't reach the default gtol.
     seed: of the sub-batches.
 
     Results. `.report`: a StepReport of the last step. `.converged`: whether the last step found the point stationary.
     `.stalled`: whether nothing that it tried lowered f. No clock and no global random state is read. A run repeats
     exactly, as far as torch does (on CUDA ask it to). It goes on bit for bit after `load_state_dict`.
 
-    The metric 'state'. Ω_ℓ measures what a change of layer ℓ's pre-activations does to all hidden ones. A_ℓ is z̃ᵀz̃/N.
-    π² is the ratio of their mean eigenvalues, Ω_ℓ's to A_ℓ's.
-    - Gauss–Newton, Gram route: D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) in hidden layers, ρI in the output layer. In a
-      layer with more inputs than samples A_ℓ is a multiple of I.
-    - The sweep, and curvature='hessian': the same plus ρI in hidden layers. In a layer with more inputs than samples
-      A_ℓ is as it is, and its (√ρ/π) I is left out. λρ + c is at least 1e-10.
-    - The exact Hessian in 'auto': ρI plus the joint change of all layers, Σ_{ℓ<L} S_ℓᵀS_ℓ/N: the state damping of
-      hessian.py. Such a step goes on by up to 16 quasi-Newton steps (L-BFGS that starts from the factored matrix). Each
-      costs a gradient, a solve and four trials. Where a valley bends, they lower f by far more than new factorizations
-      would. They keep 32 vectors of all parameters.
+    The metric 'state'. By a factorization: D = ρI + Σ SᵀS/N, with S x the change of a layer's pre-activations: the
+    state damping of hessian.py. By the Gram route: D = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) in hidden layers, ρI in the
+    output layer. Ω_ℓ measures what a change of layer ℓ's pre-activations does to all hidden ones. A_ℓ is z̃ᵀz̃/N, or with
+    fewer samples than inputs a multiple of I. π² is the ratio of their mean eigenvalues, Ω_ℓ's to A_ℓ's.
 
     Cost of a step with k samples and K = C − 1 (or C). By the Gram route: 2 (kK)² Σa operations for a matrix, and
-    (kK)³/3 for each λ. One matrix serves all λ, unless metric='state' meets an L2 term. By the sweep: one for each λ.
-    For the trials: 3 to 15 forward passes on the whole batch. For each iteration of conjugate gradients: 4 forward
-    passes, and two vectors of all parameters kept. `estimate_step` tells it before.
+    (kK)³/3 for each λ tried, of which there is one as a rule. By a factorization: one for each λ. For the trials: five
+    forward passes on the whole batch. For each iteration of conjugate gradients: 4 forward passes, and two vectors of
+    all parameters kept. For each quasi-Newton step: a gradient, a solve, four trials. `estimate_step` tells it before.
 
     A wide first layer, of 2²⁰ weights or more and with four times more inputs than samples, is restricted to what a
     step can change in it. The steps are the same, except with metric='state' by the Gram route.
