@@ -164,14 +164,15 @@ class DampedNewton(torch.optim.Optimizer):
     def _chain(self) -> Chain:
         model = self._model
         if isinstance(model, TrackedNetwork):
-            raise TypeError("estimate_step is for a DeepMLPWithTracking: estimate_cost tells what a factorization takes")
+            raise TypeError(
+                "estimate_step is for a DeepMLPWithTracking: estimate_cost tells what a factorization takes"
+            )
         return Chain(model._linears(), model.skips, model.activate, model.loss)
 
-    def estimate_step(self, batch_size: int, num_dampings: int | None = None) -> StepCost:
+    def estimate_step(self, batch_size: int, num_dampings: int = 1) -> StepCost:
         """What a step on a batch of this size takes, before it is taken. The model may be one on the meta device.
 
-        num_dampings: λ that it tries (`report.num_trials`). None: 3 by the Gram route without conjugate gradients,
-        which brackets the best one; else 1. A λ that is not good enough is raised, for another solve.
+        num_dampings: λ that it tries (`report.num_trials`): one, and another each time that f does not fall.
         Quasi-Newton steps after one with the exact Hessian are not counted.
         """
         return estimate_step_cost(self._chain(), self._options(), batch_size, num_dampings)
