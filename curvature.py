@@ -246,8 +246,8 @@ def minimize(
 
     closure: returns model(x, y, track_activations=True), always of the same data. weight_decay: w, in units of
     loss / parameter². start: 'lbfgs', L-BFGS for up to `max_start_steps` steps, or 'damped_newton', which takes deep
-    networks further (`DeepMLPWithTracking` only). Then up to `max_steps` Newton steps with the exact H + wI. Where that
-    is indefinite a multiple of I is added, and at a saddle the step is along the most negative eigenvector.
+    networks further. Then up to `max_steps` rounds: a factorization of the exact H + wI, and quasi-Newton steps with
+    it. Where that is indefinite a multiple of I is added. At a saddle the step is along the most negative eigenvector.
 
     Returns the certificate of the point that was reached, as `is_minimum` does: look whether it holds. It can't without
     a weight decay where the minimum lies at infinity, as it does for separable classes.

@@ -31,7 +31,6 @@ Notation. Names in square brackets are those of Rahimi's paper. "Below" means ne
     R, Q          z̃ = R Qᵀ, Q (d, r) orthonormal, of rank r ≤ min(N, d)
     Y  (a, r)     the part of X that acts on the batch: X = Y Qᵀ + X⊥, X⊥ Q = 0
     J, A, S       Y ↦ R Yᵀ [D_x], t ↦ t Wᵀ [with φ′: ∇_z f], t ↦ λᵀ [t, 0] Q [D_D D_zx]; all structured
-    Ω, α          another term Σ_b uᵀΩ u, u = X z̃_b, and α tr XᵀΩX: a penalty that newton.py puts on a layer, or none
 
 Reduced parameters. X acts on the batch through Y only. X⊥ enters only through ε and the term with λ, so it has a closed
 form. Layer ℓ's pivot is of size m = a r ≤ n.
@@ -335,12 +334,7 @@ def _product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:
             delta_lambda = layer.output.apply(s)
         else:
             delta_lambda = layer.slope * delta_beta + layer.curvature * s
-        change = delta_lambda
-        if layer.penalty is not None:
-            change = change + (layer.inputs @ block.mT) @ layer.penalty
-        product = change.mT @ layer.inputs
-        if layer.penalty is not None and layer.penalty_shift is not None:
-            product.add_(layer.penalty_shift * (layer.penalty @ block))
+        product = delta_lambda.mT @ layer.inputs
         if t is not None:
             product[:, :, :width] += layer.adjoint.mT @ t
             back = delta_lambda @ layer.weight + layer.adjoint @ block[:, :, :width]
@@ -514,11 +508,6 @@ def _form_hidden_pivot(
     G = memory.pivot("G", index, K, r * a, r * a)
     torch.bmm(R.mT.expand(r * a, r, N), JK.view(r * a, N, a), out=G.view(r * a, r, a))
     G.diagonal().add_(epsilon)
-    if layer.penalty is not None:
-        gram = R.mT @ R
-        if layer.penalty_shift is not None:  # here Q = I
-            gram.diagonal().add_(layer.penalty_shift)
-        G.view(r, a, r, a).addcmul_(gram[:, None, :, None], layer.penalty[:, None, :])
     if first:
         return G, None, None
     KA = torch.mm(K.view(n * N, a), W, out=memory.temporary(K, n * N, width)).view(n, n_below)

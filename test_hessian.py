@@ -21,7 +21,6 @@ import curvature
 import hessian
 import newton
 from _hessian import symmetric_factor
-from _hessian.factorization import Settings, factorize
 from _hessian.refinement import spectral_norm
 from hessian import (
     DeepMLPWithTracking,
@@ -37,6 +36,7 @@ from tests.oracles import (
     counted_operations,
     dense_hessian,
     dense_residual,
+    factorize_layers,
     flat_function,
     gradient,
     num_parameters,
@@ -153,7 +153,7 @@ def test_numerical_stability_at_scale(scale):
         for layer in compute_layer_derivatives(model)
     ]
     for route in ("sweep", "dense"):
-        scaled = factorize(hessian._SOLVER, tuple(layers), Settings((0.1 * scale,) * 4, route=route))
+        scaled = factorize_layers(layers, (0.1 * scale,) * 4, route=route)
         assert relative(scaled.solve(scale * v) - reference, reference) <= 1e-10
         A = scale * (H + 0.1 * torch.eye(len(v), dtype=torch.float64))
         assert relative(A @ scaled.solve(v) - v, v) <= max(10 * dense_residual(A, v), 1e-13)
@@ -228,7 +228,7 @@ PUBLIC = {
         "DeepMLPWithTracking": "input_dim, hidden_dim, num_classes, num_hidden_layers, activation='tanh', *, "
         "bias=True, residual=False, loss='cross_entropy'",
         "HessianFactorization": None,
-        "LayerDerivatives": "weight, inputs, slope, curvature, adjoint, skip, output, penalty=None, penalty_shift=None",
+        "LayerDerivatives": "weight, inputs, slope, curvature, adjoint, skip, output",
         "OutputHessian": "diagonal, zero_sum",
         "RouteCost": "operations, solve_operations, bytes",
         "SingularHessianError": "message, *, layer=None, damping=None, residual=None",

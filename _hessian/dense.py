@@ -36,10 +36,6 @@ def dense_hessian(layers: Sequence[LayerDerivatives], product: Callable[[Tensor]
     for m, below in enumerate(layers):
         for index, layer in enumerate(layers[m:], m):
             block = blocks[m][index]
-            if index == m and layer.penalty is not None and layer.penalty_shift is not None:
-                block.unflatten(1, (len(layer.weight), -1)).unflatten(0, (len(layer.weight), -1)).diagonal(
-                    dim1=1, dim2=3
-                ).add_(layer.penalty_shift * layer.penalty[:, :, None])
             block.copy_(block[_weights_first(below)])
             block.copy_(block[:, _weights_first(layer)])
             if index == m:
@@ -80,8 +76,6 @@ def _add_samples(blocks: Sequence[Sequence[Tensor]], layers: Sequence[LayerDeriv
         if B is not None:
             back = torch.bmm(layer.weight.mT.expand(len(B), -1, -1), change[: len(B)])
             K = with_skip(layer.skip, back, K[: len(B)])
-        if layer.penalty is not None:
-            change[-widths[index] :] += layer.penalty[:, :, None]
         coupling = () if B is None or not bool(layer.adjoint.any()) else B.split(widths[:index])
         for m, part in enumerate(change.split(widths[: index + 1])):
             block = blocks[m][index].unflatten(1, (widths[index], -1)).unflatten(0, (widths[m], -1))  # [p, q, i, j]

@@ -174,11 +174,6 @@ def _identity_group(inputs: Tensor, outputs: Tensor, multiple: float, width: int
 
 def split_damping(Omega: Tensor, inputs: Tensor, rho: float) -> tuple[Tensor, Tensor]:
     """√ρ π and √ρ/π (…), to be added to Ω (…, a, a) and to A = z̃ᵀz̃/N. π² = (tr Ω / a) / (tr A / d)."""
-    import os
-
-    if os.environ.get("PI") == "1":
-        one = inputs.new_full(inputs.shape[:-2], math.sqrt(rho))
-        return one, one
     mean_Omega, mean_A = Omega.diagonal(dim1=-2, dim2=-1).mean(-1), inputs.square().mean((-2, -1))
     # dead inputs (A = 0) leave nothing to balance
     pi = torch.where(mean_A > 0, mean_Omega / mean_A, 1.0).sqrt()
@@ -195,9 +190,7 @@ def _state_group(inputs: Tensor, outputs: Tensor, Omega: Tensor, rho: float, wid
     of_Omega, of_A = (x[:, None] for x in split_damping(Omega, inputs, rho))
     Omega = Omega.clone()
     Omega.diagonal(dim1=1, dim2=2).add_(of_Omega)
-    import os
-
-    if N < d and os.environ.get("AID") != "1":
+    if N < d:
         C = (inputs.square().mean((1, 2))[:, None] + of_A).sqrt()[:, :, None]
     else:
         A = inputs.mT @ inputs / N

@@ -99,9 +99,6 @@ class LayerDerivatives(NamedTuple):
     adjoint: Tensor  # (N, a)  λ = β φ′(h) = ∂loss/∂h
     skip: float  # σ
     output: OutputHessian | None  # Λ in the output layer, else None
-    # Two more terms of the quadratic form in a hidden layer, for newton.py; route 'gram' doesn't know them.
-    penalty: Tensor | None = None  # (a, a) Ω: adds Σ_b uᵀΩ u, u = X z̃_b
-    penalty_shift: Tensor | None = None  # () α: adds α tr XᵀΩX; with N ≥ d only
 
     @property
     def loss_hessian(self) -> OutputHessian:
@@ -118,8 +115,6 @@ class LayerDerivatives(NamedTuple):
             self.adjoint.float(),
             self.skip,
             None if self.output is None else self.output._replace(diagonal=self.output.diagonal.float()),
-            None if self.penalty is None else self.penalty.float(),
-            None if self.penalty_shift is None else self.penalty_shift.float(),
         )
 
 

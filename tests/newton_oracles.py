@@ -7,16 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import hessian
 from _hessian.losses import loss_value
 from _hessian.newton_options import State
-from _hessian.newton_problem import StepProblem
+from _hessian.newton_problem import Problem
 from _hessian.newton_step import NewtonStep
-from hessian import DeepMLPWithTracking, compute_layer_derivatives
+from hessian import DeepMLPWithTracking
 from newton import DampedNewton
 from tests.oracles import Case, flat_function
 
-SOLVER = hessian._SOLVER
+Closure = Callable[[], Tensor]
 
 
 def eye(size: int) -> Tensor:
@@ -40,7 +39,7 @@ def output_hessian(case: Case) -> Tensor:
     return torch.stack([H[b, :, b] for b in range(len(x))])
 
 
-def closure_of(model: DeepMLPWithTracking, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
+def closure_of(model: DeepMLPWithTracking, x: Tensor, y: Tensor) -> Closure:
     return lambda: model(x, y, track_activations=True)
 
 
@@ -63,14 +62,11 @@ def state_of(optimizer: DampedNewton) -> State:
     return optimizer.state[optimizer.param_groups[0]["params"][0]]
 
 
-def problem_of(optimizer: DampedNewton) -> StepProblem:
-    """What a step from the last tracked loss works on."""
-    model, step = optimizer._model, state_of(optimizer)["step"]
-    batch, layers = model._tracked, compute_layer_derivatives(model)
-    assert batch is not None
-    return StepProblem(optimizer._network(), batch, layers, optimizer._options(), step)
+def problem_of(optimizer: DampedNewton, closure: Closure) -> Problem:
+    """What a step works on."""
+    return optimizer._problem(closure(), optimizer._options(), state_of(optimizer)["step"])
 
 
-def step_of(optimizer: DampedNewton) -> NewtonStep:
-    """A step from the last tracked loss, not taken."""
-    return NewtonStep(problem_of(optimizer), list(optimizer._model.parameters()), state_of(optimizer), SOLVER)
+def step_of(optimizer: DampedNewton, closure: Closure) -> NewtonStep:
+    """A step, not taken."""
+    return NewtonStep(problem_of(optimizer, closure), optimizer.param_groups[0]["params"], state_of(optimizer))

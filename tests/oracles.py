@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -19,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hessian
 from _hessian import symmetric_factor
-from hessian import (
-    ACTIVATIONS,
-    DeepMLPWithTracking,
-)
+from _hessian.factorization import Chain, HessianFactorization, factorize_system
+from _hessian.layers import LayerDerivatives
+from _hessian.settings import Settings
+from hessian import ACTIVATIONS, DeepMLPWithTracking
 
 HERE = Path(__file__).resolve().parent.parent  # the repository
 
@@ -121,6 +122,15 @@ def flat_function(model: nn.Module, x: Tensor, *targets: Tensor):
         return torch.func.functional_call(model, views, (x, *targets))
 
     return f, torch.cat([p.flatten() for p in parameters])
+
+
+def chain(layers: Sequence[LayerDerivatives]) -> Chain:
+    """The system of these layers."""
+    return Chain(hessian._SOLVER, tuple(layers))
+
+
+def factorize_layers(layers: Sequence[LayerDerivatives], *settings, **named) -> HessianFactorization:
+    return factorize_system(chain(layers), Settings(*settings, **named))
 
 
 @functools.lru_cache(maxsize=4)

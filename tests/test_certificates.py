@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hessian
 from _hessian import carried_pivots
-from _hessian.factorization import HessianFactorization, Settings, factorize
+from _hessian.factorization import HessianFactorization
 from hessian import (
     DeepMLPWithTracking,
     SingularHessianError,
@@ -20,7 +20,7 @@ from hessian import (
     factorize_hessian,
     hessian_inverse_vector_product,
 )
-from tests.oracles import Case, dense_hessian, num_parameters, random_vector, relative, tracked_loss
+from tests.oracles import Case, dense_hessian, factorize_layers, num_parameters, random_vector, relative, tracked_loss
 
 ILL_CONDITIONED = (
     Case((16, 12, 14), 3, "relu", inputs=10),
@@ -156,7 +156,7 @@ def test_inertia_is_certified_where_it_is_right():
         norm = float(eigenvalues.abs().max())
         for relative_damping in (-2e-10, 3e-9, 1e-5, -1e-5, 1e-2):
             damping = relative_damping * norm
-            f = factorize(hessian._SOLVER, layers, Settings(damping, route="sweep"))
+            f = factorize_layers(layers, damping, route="sweep")
             right = f.num_negative_eigenvalues == int((eigenvalues < -damping).sum())
             wrong += not right
             certified += f.inertia_is_certified

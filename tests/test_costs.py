@@ -13,7 +13,6 @@ import torch
 import hessian
 from _hessian import costs
 from _hessian.costs import count_operations, shapes_of_layers
-from _hessian.factorization import Settings, factorize
 from _hessian.refinement import unit_columns
 from benchmarks.example_networks import GPT
 from hessian import (
@@ -28,6 +27,7 @@ from tests.oracles import (
     HERE,
     Case,
     counted_operations,
+    factorize_layers,
     num_parameters,
     random_vector,
     reachable_bytes,
@@ -44,9 +44,7 @@ def test_routes_are_chosen_by_counted_operations():
         estimate = count_operations(shapes_of_layers(layers), case.batch)
         for name in ("sweep", "dense"):
             epsilons = (1e3,) * len(layers)  # positive definite: no failed Cholesky is counted
-            counted = counted_operations(
-                lambda n=name, e=epsilons, x=layers: factorize(hessian._SOLVER, x, Settings(e, route=n))
-            )
+            counted = counted_operations(lambda n=name, e=epsilons, x=layers: factorize_layers(x, e, route=n))
             assert estimate[name] == pytest.approx(counted, rel=0.15), name
 
 
@@ -107,7 +105,7 @@ def test_mixed_precision_is_decided_by_a_trial():
     assert redone.precision == "float64"
     # what overflows in float32
     layers = tuple(x._replace(weight=1e30 * x.weight) for x in compute_layer_derivatives(model))
-    assert factorize(hessian._SOLVER, layers, Settings(0.1, route="sweep", precision="mixed")).precision == "float64"
+    assert factorize_layers(layers, 0.1, route="sweep", precision="mixed").precision == "float64"
     with mock.patch.object(hessian.HessianFactorization, "_float32_suffices", lambda self: True):
         poor = factorize_hessian(model, loss, 1e-8, route="sweep", precision="mixed")
     with pytest.raises(SingularHessianError, match="precision='float64'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import matplotlib
@@ -245,16 +246,9 @@ def test_a_minimum_is_certified(start):
 
 def test_a_minimum_of_any_network():
     net, x, y = build(EXAMPLES["densely connected"])
-    model = TrackedNetwork(net)
-    assert minimize(model, lambda: model(x, y, track_activations=True), 0.05)
-    raises(
-        TypeError,
-        "is for DeepMLPWithTracking",
-        minimize,
-        model,
-        lambda: model(x, y, track_activations=True),
-        start="damped_newton",
-    )
+    for start in ("lbfgs", "damped_newton"):
+        model = TrackedNetwork(copy.deepcopy(net))
+        assert minimize(model, lambda m=model: m(x, y, track_activations=True), 0.05, start=start)
     model = TrackedNetwork(net.float())
     raises(TypeError, "needs float64", minimize, model, lambda: model(x.float(), y, track_activations=True))
 

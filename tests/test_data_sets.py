@@ -147,19 +147,13 @@ def test_the_gradient_is_that_of_the_tracked_parameters():
 
 @pytest.mark.parametrize("chunk", [1, 300, 3000])
 def test_the_dense_hessian_in_chunks(chunk):
-    """Of samples, and of the columns of one product over them; with a penalty, as newton.py puts it on a layer."""
+    """Of samples, and of the columns of one product over them."""
     model, x, y = CASE.build()
     model(x, y, track_activations=True)
-    layers = list(compute_layer_derivatives(model))
     with mock.patch.object(dense, "_CHUNK", chunk):
-        H = hessian._dense_hessian(layers)
+        H = hessian._dense_hessian(compute_layer_derivatives(model))
         expected = dense_hessian(CASE)
         assert torch.equal(H, H.mT) and relative(H - expected, expected) <= 1e-14
-        penalty = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        layers[1] = layers[1]._replace(penalty=penalty @ penalty.mT, penalty_shift=torch.tensor(0.7).double())
-        penalized, eye = hessian._dense_hessian(layers), torch.eye(len(H), dtype=torch.float64)
-        assert relative(penalized - hessian._product(layers, eye), penalized) <= 1e-14
-        assert relative(penalized - H, H) > 0.1
 
 
 @pytest.mark.parametrize("name", ["rectified", pytest.param("gpt", marks=pytest.mark.slow)])

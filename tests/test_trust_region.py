@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import hessian
 from _hessian import trust_region
 from _hessian.layers import with_curvature
 from _hessian.refinement import Refined
@@ -30,6 +29,7 @@ from newton import TrustRegionStep, trust_region_step
 from tests.oracles import (
     Case,
     case_id,
+    chain,
     counted_operations,
     dense_hessian,
     dense_state_form,
@@ -309,8 +309,8 @@ def test_rounding_near_zero(monkeypatch):
     d, factorize = dense(PROBLEMS[8]), trust_region.factorize_definite
     for least, proved in ((1e-8, True), (1e-4, False)):
 
-        def failing(solver, layers, damping, route, H=None, least=least * d.norm):
-            return factorize(solver, layers, damping, route, H) if damping > least else (None, 1.0)
+        def failing(system, damping, route, H=None, least=least * d.norm):
+            return factorize(system, damping, route, H) if damping > least else (None, 1.0)
 
         monkeypatch.setattr(trust_region, "factorize_definite", failing)
         if proved:
@@ -337,7 +337,7 @@ def test_modified_curvature(curvature, mu):
         d = Dense(model, loss, g, A, *torch.linalg.eigh(0.5 * (A + A.T)))
         layers = with_curvature(compute_layer_derivatives(model), curvature, mu)
         for radius in (0.1, 1.0, 100.0):
-            check_step(trust_region.solve_trust_region(hessian._SOLVER, layers, g, radius, w), d, g, radius)
+            check_step(trust_region.solve_trust_region(chain(layers), g, radius, w), d, g, radius)
 
 
 def test_float32_vectors():
@@ -379,14 +379,14 @@ def test_wrong_input():
 def test_definite_factorizations(case):
     """Where A + εI is definite, the factorization that an early stop doesn't change; else the share that was done."""
     model, loss = tracked_loss(case)
-    layers, eigenvalues = compute_layer_derivatives(model), torch.linalg.eigvalsh(dense_hessian(case))
+    system, eigenvalues = chain(compute_layer_derivatives(model)), torch.linalg.eigvalsh(dense_hessian(case))
     v, shares = random_vector(num_parameters(model)), []
     lowest = float(eigenvalues[0].clamp(max=-1e-7))
     for factor in (1e-3, 0.1, 0.5, 0.999, 1.001, 2.0, 100.0):
         damping = -factor * lowest
         definite = bool(eigenvalues[0] + damping > 0)
         for route in ("sweep", "dense"):
-            f, share = trust_region.factorize_definite(hessian._SOLVER, layers, damping, route)
+            f, share = trust_region.factorize_definite(system, damping, route)
             assert (f is not None) == definite
             if definite:
                 whole = factorize_hessian(model, loss, damping, route=route)
@@ -400,18 +400,14 @@ def test_definite_factorizations(case):
 def test_an_early_stop_saves_what_it_says():
     """The share of operations, against torch's counter. A stop in a layer near the output is cheap."""
     model, loss = tracked_loss(Case((9, 8, 11) * 4, 6, inputs=7, classes=5))
-    layers = compute_layer_derivatives(model)
-    lowest = float(torch.linalg.eigvalsh(hessian._dense_hessian(layers))[0])
-    whole = counted_operations(
-        lambda: trust_region.factorize_definite(hessian._SOLVER, layers, -1.01 * lowest, "sweep")
-    )
+    system = chain(compute_layer_derivatives(model))
+    lowest = float(torch.linalg.eigvalsh(system.dense())[0])
+    whole = counted_operations(lambda: trust_region.factorize_definite(system, -1.01 * lowest, "sweep"))
     shares = []
     for factor in (0.9, 0.1, 0.01, 1e-3):
         found = []
         done = counted_operations(
-            lambda e=-factor * lowest, out=found: out.append(
-                trust_region.factorize_definite(hessian._SOLVER, layers, e, "sweep")
-            )
+            lambda e=-factor * lowest, out=found: out.append(trust_region.factorize_definite(system, e, "sweep"))
         )
         ((f, share),) = found
         assert f is None and share == pytest.approx(done / whole, rel=0.25, abs=0.02)
@@ -422,14 +418,13 @@ def test_an_early_stop_saves_what_it_says():
 def test_dense_matrix_given():
     """A Hessian that was formed before is used, and not changed."""
     model, loss = tracked_loss(Case((6, 4, 7), 15))
-    layers, H = compute_layer_derivatives(model), dense_hessian(Case((6, 4, 7), 15))
+    system, H = chain(compute_layer_derivatives(model)), dense_hessian(Case((6, 4, 7), 15))
     H, v = H.clone(), random_vector(len(H))
     damping = 1.0 - float(torch.linalg.eigvalsh(H)[0])
-    f, _ = trust_region.factorize_definite(
-        hessian._SOLVER, layers, damping, "dense", 2 * H + damping * torch.eye(len(H)).double()
-    )
+    given = 2 * H + damping * torch.eye(len(H)).double()
+    f, _ = trust_region.factorize_definite(system, damping, "dense", given)
     solved = f._direct(v[:, None])[:, 0]
     assert relative(2 * H @ solved + 2 * damping * solved - v, v) <= 1e-12
     before = H.clone()
-    trust_region.factorize_definite(hessian._SOLVER, layers, damping, "dense", H)
+    trust_region.factorize_definite(system, damping, "dense", H)
     assert torch.equal(H, before)

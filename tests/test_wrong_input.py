@@ -10,9 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import hessian
 from _hessian import carried_pivots, costs
-from _hessian.factorization import Settings, factorize
 from hessian import (
     DeepMLPWithTracking,
     SingularHessianError,
@@ -26,6 +24,7 @@ from tests.oracles import (
     UNCARRIED,
     Case,
     dense_hessian,
+    factorize_layers,
     num_parameters,
     raises,
     random_vector,
@@ -224,7 +223,7 @@ def test_overflow_raises_on_every_route(route):
     layers = tuple(x._replace(inputs=1e160 * x.inputs) for x in compute_layer_derivatives(model))
     for keep in ("solve", "inertia"):
         with pytest.raises(SingularHessianError):
-            factorize(hessian._SOLVER, layers, Settings(0.1, route=route, keep=keep))
+            factorize_layers(layers, 0.1, route=route, keep=keep)
 
 
 def test_errors_of_trials_do_not_hide_the_error(monkeypatch):
