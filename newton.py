@@ -19,7 +19,7 @@ A step is good as long as the linearization of the network holds. In a deep netw
 of some layer change too much. A short change of the parameters can do that, and a long one need not. So D measures the
 change of activations (metric='state').
 
-Near a minimum with a residual Gauss–Newton gets slow. There the exact Hessian H takes its place. A matrix H + cI + λD is
+Near a minimum with a residual Gauss–Newton gets slow. There the exact Hessian H takes its place. H + cI + λD is
 factored, with λ raised until it is positive definite. It serves a Newton step and up to 15 quasi-Newton steps after it.
 
 References: Levenberg (1944), Marquardt (1963); Tassa, Erez & Todorov (2012), damping of states; Transtrum & Sethna
@@ -149,6 +149,9 @@ class DampedNewton(torch.optim.Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("cg_iterations", 0)  # a checkpoint of a version without conjugate gradients
+        for p, own in self.state.items():  # that of an older version has other keys
+            new = initial_state(own["damping"])
+            self.state[p] = {name: own.get(name, value) for name, value in new.items()}
 
     def add_param_group(self, param_group: dict[str, object]) -> None:
         if self.param_groups:

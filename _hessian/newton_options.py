@@ -6,8 +6,6 @@ import math
 from numbers import Integral
 from typing import NamedTuple, TypedDict
 
-from torch import Tensor
-
 from _hessian.argument_checks import checked_nonnegative
 
 
@@ -66,7 +64,7 @@ def _is_integer(value: object, minimum: int) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
 
 
-class State(TypedDict, total=False):
+class State(TypedDict):
     """The optimizer's `state`, saved in checkpoints."""
 
     step: int  # steps so far
@@ -74,7 +72,6 @@ class State(TypedDict, total=False):
     hessian_damping: float  # the same for the exact Hessian
     exact: bool  # whether curvature='auto' takes the exact Hessian
     objectives: list[float]  # f before the last Gauss–Newton steps
-    last: Tensor  # (P,) the last accepted step
 
 
 def initial_state(damping: float) -> State:

@@ -1,148 +1,94 @@
-"""The systems that a step of `DampedNewton` solves, against dense solves and products; and what a step costs."""
+"""The systems that a step of `DampedNewton` solves, against dense solves; and what a step costs."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
-from _hessian.conjugate_gradients import ConjugateGradients
-from _hessian.damping_search import Search, Trial
-from _hessian.factored_steps import FactoredSteps, definite_factorization
-from _hessian.gram_steps import GramSteps
-from _hessian.trial_losses import accurate_loss
-from torch import Tensor
 
-import hessian
-from _hessian import input_span, newton_problem, newton_step, quasi_newton, step_cost
+from _hessian import input_span, newton_step, step_cost
 from _hessian.costs import shapes_of_layers
+from _hessian.gram import gauss_newton_product
 from _hessian.losses import loss_value
 from _hessian.newton_problem import sub_batch
-from _hessian.quasi_newton import Secant, inverse_bfgs_product
+from _hessian.newton_systems import ConjugateGradients, FactoredSteps, GramSteps
+from _hessian.objective import accurate_loss
+from _hessian.quasi_newton import exact_round
 from _hessian.refinement import Refined
-from hessian import (
-    DeepMLPWithTracking,
-    HessianFactorization,
-    OutputHessian,
-    compute_layer_derivatives,
-    hessian_vector_product,
-)
+from hessian import DeepMLPWithTracking, HessianFactorization, compute_layer_derivatives
 from newton import DampedNewton
-from tests.newton_oracles import (
-    SOLVER,
-    closure_of,
-    dense_objective_hessian,
-    eye,
-    logits_jacobian,
-    objective_gradient,
-    output_hessian,
-    problem_of,
+from tests.newton_oracles import closure_of, eye, logits_jacobian, objective_gradient, output_hessian, problem_of
+from tests.oracles import (
+    Case,
+    counted_operations,
+    dense_hessian,
+    dense_state_form,
+    flat_function,
+    random_vector,
+    relative,
+    tracked_loss,
 )
-from tests.oracles import Case, counted_operations, dense_hessian, flat_function, random_vector, relative, tracked_loss
-
-
-def measured_omega(model, index: int, z: Tensor) -> Tensor:
-    """Ω of hidden layer `index`, whose inputs are z, by reverse mode."""
-    h = model.layers[index](z).detach()
-
-    def above(h: Tensor) -> Tensor:
-        hidden, state = [h], z[0]
-        for j in range(index, len(model.layers) - 2):
-            state = model.activate(j, h, state)
-            h = model.layers[j + 1](state)
-            hidden.append(h)
-        return torch.cat(hidden)
-
-    jacobians = torch.stack([torch.func.jacrev(above)(row) for row in h])
-    return (jacobians.mT @ jacobians).mean(0)
 
 
 @pytest.mark.parametrize("curvature", ("gauss_newton", "hessian"))
 @pytest.mark.parametrize("metric", ("state", "parameter"))
-@pytest.mark.parametrize("batch", (3, 9))
-def test_sweep_steps_solve_their_system(batch, metric, curvature):
-    """(G + cI + λD) x = −g, checked by products.
+@pytest.mark.parametrize("batch", (3, 9, 40))
+def test_factored_steps_solve_their_system(batch, metric, curvature):
+    """(G + cI + λD) x = −g, D = I, or ρI + Σ SᵀS/N with metric='state'; no solution where that is not definite.
 
-    metric='parameter': D = I. metric='state': D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) + ρI in hidden layers. With fewer
-    samples than inputs A_ℓ stands alone, and N replaces d in π. Ω_ℓ is the mean over samples of
-    Σ_j (∂h_j/∂h_ℓ)ᵀ(∂h_j/∂h_ℓ), hidden j ≥ ℓ, by reverse mode.
+    By the sweep, and with 40 samples densely.
     """
-    case, c, damping, rho = Case((6, 4, 7), batch), 0.02, 30.0, 1e-2
+    case, c, rho, seen = Case((6, 4, 7), batch), 0.02, 1e-2, set()
     model, x, y = case.build()
-    optimizer = DampedNewton(
-        model, curvature=curvature, route="sweep", metric=metric, weight_decay=c, metric_damping=rho
-    )
-    loss = closure_of(model, x, y)()
-    (solution,) = FactoredSteps(problem_of(optimizer), SOLVER, curvature).solve([damping])
-    found = solution.x
-    product = hessian_vector_product(model, loss, found, curvature=curvature)
-    product = product + (c + damping * (rho if metric == "state" else 1.0)) * found
-    if metric == "state":
-        penalties, start = [], 0
-        for index, linear in enumerate(model.layers):
-            a, d = len(linear.weight), linear.in_features + 1
-            X, start = found[start : start + a * d], start + a * d
-            X = torch.cat([X[: a * (d - 1)].view(a, d - 1), X[a * (d - 1) :].view(a, 1)], 1)
-            penalty = torch.zeros_like(X)
-            if index < len(model.layers) - 1:
-                z = x
-                for below in range(index):
-                    z = model.activate(below, model.layers[below](z), z)
-                inputs, Omega = torch.cat([z, torch.ones(len(z), 1)], 1), measured_omega(model, index, z)
-                A = inputs.mT @ inputs / len(z)
-                pi = (Omega.trace() / a / (A.trace() / min(d, len(z)))).sqrt()
-                if len(z) >= d:
-                    A = A + math.sqrt(rho) / pi * eye(d)
-                penalty = damping * (Omega + math.sqrt(rho) * pi * eye(a)) @ X @ A
-            penalties += [penalty[:, :-1].flatten(), penalty[:, -1]]
-        product = product + torch.cat(penalties).detach()
-    g = objective_gradient(model, x, y, c)
-    assert relative(product + g, g) < 1e-6
+    optimizer = DampedNewton(model, metric=metric, weight_decay=c, metric_damping=rho)
+    problem = problem_of(optimizer, closure_of(model, x, y))
+    systems, g, one = FactoredSteps(problem, curvature), objective_gradient(model, x, y, c), eye(len(problem.gradient))
+    D = rho * one + dense_state_form(case) if metric == "state" else one
+    for damping in (300.0, 30.0, 0.01):
+        A = dense_hessian(case, curvature) + c * one + damping * D
+        definite = bool(torch.linalg.eigvalsh(A)[0] > 0)
+        seen.add(definite)
+        if not definite:
+            assert systems.solve(damping) is None
+            continue
+        exact = -torch.linalg.solve(A, g)
+        assert relative(A @ systems.solve(damping).x + g, g) < 1e-6
+        assert relative(systems.factorized(damping)._direct(-g[:, None])[:, 0] - exact, exact) < 1e-9
+        if curvature == "gauss_newton":
+            preconditioner, product = systems.preconditioner(damping), (c * one + damping * D) @ g
+            assert relative(preconditioner.inverse(-g) - exact, exact) < 1e-9
+            assert relative(preconditioner.metric(g) - product, product) < 1e-12
+    assert seen == ({True} if curvature == "gauss_newton" else {True, False})
 
 
-def test_polishing_steps_solve_their_system():
-    """The exact Hessian in curvature='auto': (H + cI + λρI + (λ/N) Σ S_ℓᵀS_ℓ) x = −g."""
-    case, c, damping, rho = Case((6, 4, 7), 9), 0.02, 30.0, 1e-2
-    model, x, y = case.build()
-    optimizer = DampedNewton(model, metric="state", weight_decay=c, metric_damping=rho)
-    loss = closure_of(model, x, y)()
-    (solution,) = FactoredSteps(problem_of(optimizer), SOLVER, "hessian").solve([damping])
-    found = solution.x
-    product = hessian_vector_product(model, loss, found, state_damping=damping) + (c + damping * rho) * found
-    g = objective_gradient(model, x, y, c)
-    assert relative(product + g, g) < 1e-6
+def test_a_damping_of_zero_is_not_quite_zero():
+    """Of Gauss–Newton matrices, which are singular."""
+    model, x, y = Case((6, 4, 7), 3).build()
+    problem = problem_of(DampedNewton(model), closure_of(model, x, y))
+    assert FactoredSteps(problem, "gauss_newton").factorized(0.0).damping == 1e-10
 
 
 def test_a_solve_that_misses_its_residual_gives_no_solution(monkeypatch):
     model, x, y = Case((6, 4, 7), 9).build()
-    closure_of(model, x, y)()
-    systems = FactoredSteps(problem_of(DampedNewton(model)), SOLVER, "gauss_newton")
-    assert len(systems.solve([1.0, 2.0])) == 2
-    monkeypatch.setattr(HessianFactorization, "_refined", lambda self, v, rtol: Refined(v, torch.tensor([2 * rtol])))
-    assert systems.solve([1.0, 2.0]) == []
-
-
-def test_the_smallest_damping_where_the_loss_rounds_to_zero():
-    """It follows the probabilities of the other classes, which keep their digits."""
-    probabilities = torch.tensor([[1.0, 1e-20, 2e-20], [5e-20, 1.0, 0.0]], dtype=torch.float64)
-    output = OutputHessian(probabilities / 2, zero_sum=True)
-    assert newton_problem._smallest_damping(0.0, output) == pytest.approx(1e-30 * 4e-20)
-    assert newton_problem._smallest_damping(7.0, output) == 1e-30
-    assert newton_problem._smallest_damping(0.0, output._replace(zero_sum=False)) == 1e-30
+    systems = FactoredSteps(problem_of(DampedNewton(model), closure_of(model, x, y)), "gauss_newton")
+    assert systems.solve(1.0) is not None
+    monkeypatch.setattr(
+        HessianFactorization, "_refined", lambda self, v, rtol, target: Refined(v, torch.tensor([2 * rtol]))
+    )
+    assert systems.solve(1.0) is None
 
 
 def test_second_order_correction():
     """−½ (JᵀΛJ + λI)⁻¹ JᵀΛ s₂ with s₂ by torch.func, to 2 %: the error of the one-sided difference."""
     case, damping = Case((6, 4), 9, loss="mse"), 300.0
     model, x, y = case.build()
-    closure_of(model, x, y)()
     optimizer = DampedNewton(model, metric="parameter", curvature="gauss_newton")
-    ((_, along, ours),) = GramSteps(problem_of(optimizer)).solve([damping])
+    along, ours = GramSteps(problem_of(optimizer, closure_of(model, x, y))).solve(damping)
     f, theta = flat_function(model, x)
 
-    def slope(t: Tensor) -> Tensor:
+    def slope(t: torch.Tensor) -> torch.Tensor:
         return torch.func.jvp(f, (theta + t * along,), (along,))[1]
 
     _, bend = torch.func.jvp(slope, (torch.zeros((), dtype=torch.float64),), (torch.ones((), dtype=torch.float64),))
@@ -150,87 +96,39 @@ def test_second_order_correction():
     right = torch.einsum("ncp,nc->p", logits_jacobian(case), weighted)
     exact = -0.5 * torch.linalg.solve(dense_hessian(case, "gauss_newton") + damping * eye(len(theta)), right)
     assert relative(ours - exact, exact) < 0.02
+    model, x, y = case._replace(loss="cross_entropy").build()
+    assert GramSteps(problem_of(DampedNewton(model), closure_of(model, x, y))).solve(damping).bend is None
 
 
-def test_quasi_newton_steps_are_those_of_bfgs():
-    """B⁻¹v, B the factored matrix after the updates B ← B − B s sᵀB / sᵀB s + y yᵀ / sᵀy: here dense."""
-    case, c = Case((6, 4, 7), 9), 3.0
+@pytest.mark.parametrize("weight_decay", (0.0, 0.03))
+@pytest.mark.parametrize("metric", ("state", "parameter"))
+@pytest.mark.parametrize("route", ("gram", "sweep"))
+@pytest.mark.parametrize("case, size", ((Case((6, 4, 7), 15, inputs=5), 4), (Case((6, 6, 4), 30, residual=True), 12)))
+def test_conjugate_gradients_solve_with_the_curvature_of_the_whole_batch(case, size, route, metric, weight_decay):
+    """Many iterations against a dense solve. One iteration is along the exact step of the sub-batch."""
+    damping, c = 0.3, weight_decay
     model, x, y = case.build()
-    B = dense_objective_hessian(model, x, y, c)
-    assert torch.linalg.eigvalsh(B)[0] > 0
-    P, secants = len(B), []
-    closure_of(model, x, y)()
-    factorization = definite_factorization(hessian._SOLVER, compute_layer_derivatives(model), c)
-    for s, v in zip(random_vector(P, 3).T, random_vector(P, 4).T, strict=False):
-        y = B @ s + (0.1 * v @ s) * v
-        secants.append(Secant(s, y, float(s @ y)))
-    for s, y, sy in secants:
-        B = B - torch.outer(B @ s, B @ s) / (s @ B @ s) + torch.outer(y, y) / sy
-    v = random_vector(P, 5)[:, 4]
-    exact = torch.linalg.solve(B, v)
-    assert relative(inverse_bfgs_product(factorization, secants, v) - exact, exact) < 1e-9
-
-
-def test_quasi_newton_steps_learn_from_the_steps_that_were_taken(monkeypatch):
-    """Each secant holds a step and the gradient's change along it, from where the step before ended."""
-    model, x, y = Case((6, 5), 20, inputs=4, loss="mse").build()
-    optimizer, seen, finished = DampedNewton(model, weight_decay=0.05), [], []
-
-    def recorded(factorization: HessianFactorization, secants: Sequence[Secant], v: Tensor) -> Tensor:
-        seen[:] = [(s.clone(), change.clone()) for s, change, _ in secants]
-        return inverse_bfgs_product(factorization, secants, v)
-
-    def traced(search: Search, factorization: HessianFactorization, best: Trial) -> Trial:
-        seen.clear()
-        end = quasi_newton.quasi_newton_steps(search, factorization, best)
-        objective, at = search.problem.objective, search.problem.theta.clone()
-        for s, change in seen:
-            after = at + s
-            exact = objective.gradient(after) - objective.gradient(at)
-            assert relative(change - exact, exact) < 1e-8
-            at = after
-        finished.append(len(seen))
-        return end
-
-    monkeypatch.setattr(quasi_newton, "inverse_bfgs_product", recorded)
-    monkeypatch.setattr(newton_step, "quasi_newton_steps", traced)
-    for _ in range(50):
-        optimizer.step(closure_of(model, x, y))
-        assert not optimizer.converged
-        if finished and finished[-1] >= 3:
-            break
-    assert finished[-1] >= 3
-
-
-def test_steps_along_negative_curvature_are_no_secants(monkeypatch):
-    """BFGS updates by them would make the matrix indefinite."""
-    model, x, y = Case((6, 5), 14, inputs=4).build()
-    closure_of(model, x, y)()
-    problem, seen = problem_of(DampedNewton(model)), []
-    step = -0.1 * problem.gradient
-    monkeypatch.setattr(problem.objective, "gradient", lambda theta: problem.gradient - step)
-    monkeypatch.setattr(quasi_newton, "inverse_bfgs_product", lambda _, secants, v: seen.append(len(secants)) or v)
-    quasi_newton.quasi_newton_steps(Search(problem), None, Trial(math.inf, step, 1.0, 1.0))
-    assert set(seen) == {0}
-
-
-@pytest.mark.slow
-def test_a_deep_minimum_takes_few_factorizations(monkeypatch):
-    """Without the quasi-Newton steps it takes at least twice as many."""
-
-    def steps(at_most: int) -> int:
-        model, x, y = Case((6,) * 7, 20, inputs=4).build()
-        optimizer = DampedNewton(model, weight_decay=1e-3)
-        for step in range(at_most):
-            optimizer.step(closure_of(model, x, y))
-            if optimizer.converged:
-                assert optimizer.report.certified
-                return step
-        return at_most
-
-    ours = steps(100)
-    monkeypatch.setattr(newton_step, "quasi_newton_steps", lambda search, factorization, best: best)
-    assert ours < 100 and steps(2 * ours) == 2 * ours
+    for iterations in (1, 40):
+        optimizer = DampedNewton(
+            model, cg_iterations=iterations, route=route, metric=metric, curvature_batch=size, weight_decay=c
+        )
+        with torch.inference_mode():
+            problem = problem_of(optimizer, closure_of(model, x, y))
+            sub_batch = GramSteps(problem) if route == "gram" else FactoredSteps(problem, "gauss_newton")
+            found = ConjugateGradients(problem, sub_batch).solve(damping, stop=1e-24).x
+            preconditioner, one = sub_batch.preconditioner(damping), eye(len(found))
+            inverse = torch.stack([preconditioner.inverse(e) for e in one], 1)
+            metric_matrix = torch.stack([preconditioner.metric(e) for e in one], 1)
+            part = gauss_newton_product(problem.layers, one)
+        assert relative(inverse @ (part + metric_matrix) - one, one) < 1e-8
+        assert torch.linalg.eigvalsh(metric_matrix - c * one)[0] > 0
+        g = objective_gradient(model, x, y, c)
+        exact = -torch.linalg.solve(dense_hessian(case, "gauss_newton") + metric_matrix, g)
+        if iterations == 40:
+            assert relative(found - exact, exact) < 1e-9
+        else:
+            assert torch.nn.functional.cosine_similarity(found, -inverse @ g, 0) > 1 - 1e-12
+            assert relative(found - exact, exact) > 0.01  # that sub-batch is not the batch
 
 
 def test_sub_batches_are_drawn_anew_and_the_gradient_is_of_all():
@@ -238,9 +136,8 @@ def test_sub_batches_are_drawn_anew_and_the_gradient_is_of_all():
     optimizer = DampedNewton(model, curvature_batch=5)
     drawn = []
     for _ in range(2):
-        closure_of(model, x, y)()
-        problem, g = problem_of(optimizer), objective_gradient(model, x, y, 0.0)
-        drawn.append(problem.curvature_layers[0].inputs)
+        problem, g = problem_of(optimizer, closure_of(model, x, y)), objective_gradient(model, x, y, 0.0)
+        drawn.append(problem.layers[0].inputs)
         assert relative(problem.gradient - g, g) < 1e-12
         optimizer.step(closure_of(model, x, y))
     assert drawn[0].shape == (5, 5) and not torch.equal(*drawn)
@@ -284,8 +181,9 @@ def test_a_step_is_estimated_by_its_operations(monkeypatch, case, options, route
     """To 25 % of the operations counted in it. A model on the meta device gives the same estimate."""
     monkeypatch.setattr(step_cost, "_SWEEP_RATE", 1.0)
     monkeypatch.setattr(input_span, "WIDE_LAYER", 1000)
-    iterate = functools.partialmethod(ConjugateGradients.iterate, stop=0.0)  # all iterations
-    monkeypatch.setattr(ConjugateGradients, "iterate", iterate)
+    solve = functools.partialmethod(ConjugateGradients.solve, stop=0.0)  # all iterations
+    monkeypatch.setattr(ConjugateGradients, "solve", solve)
+    monkeypatch.setattr(newton_step, "exact_round", functools.partial(exact_round, max_steps=1))
     model, x, y = case.build()
     optimizer = DampedNewton(model, damping=1e3, **options)
     counted = counted_operations(lambda: optimizer.step(closure_of(model, x, y)))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import math
 
 import pytest
 import torch
-from _hessian.damping_search import Trial
-from _hessian.factored_steps import FactoredSteps
-from _hessian.trial_losses import Objective, accurate_loss
 from torch import Tensor
 
-from _hessian import damping_search, input_span, newton_step
+from _hessian import input_span, newton_step
+from _hessian.objective import ChainLosses
+from _hessian.quasi_newton import exact_round
 from hessian import DeepMLPWithTracking
 from newton import DampedNewton
 from tests.newton_oracles import (
@@ -21,7 +20,6 @@ from tests.newton_oracles import (
     objective_gradient,
     parameters_of,
     state_of,
-    step_of,
 )
 from tests.oracles import Case, random_vector, relative
 
@@ -36,6 +34,8 @@ def test_training_lowers_the_loss_at_every_step(options):
     optimizer, losses = DampedNewton(model, **options), []
     for _ in range(12):
         losses.append(optimizer.step(closure_of(model, x, y)).item())
+        if optimizer.converged:
+            break
         assert optimizer.report.accepted and optimizer.report.new_objective < optimizer.report.objective
         assert optimizer.report.objective == pytest.approx(losses[-1], rel=1e-12)
         assert all(p.grad is None for p in model.parameters())
@@ -129,6 +129,24 @@ def test_convergence_is_quadratic_at_a_minimum():
     assert norms("gauss_newton", len(ours))[-1] > 1e-6
 
 
+def test_a_deep_minimum_takes_few_factorizations(monkeypatch):
+    """Without the quasi-Newton steps it takes at least twice as many."""
+
+    def steps(at_most: int) -> int:
+        model, x, y = Case((6,) * 7, 20, inputs=4).build()
+        optimizer = DampedNewton(model, weight_decay=1e-3)
+        for step in range(at_most):
+            optimizer.step(closure_of(model, x, y))
+            if optimizer.converged:
+                assert optimizer.report.certified
+                return step
+        return at_most
+
+    ours = steps(100)
+    monkeypatch.setattr(newton_step, "exact_round", functools.partial(exact_round, max_steps=1))
+    assert ours < 100 and steps(2 * ours) == 2 * ours
+
+
 def saddle() -> tuple[DeepMLPWithTracking, Tensor, Tensor]:
     """g = 0 and H is indefinite: the tanh units do nothing, and the last bias fits the mean."""
     model = DeepMLPWithTracking(3, (5, 4), 2, 2, loss="mse").double()
@@ -163,7 +181,7 @@ def test_a_saddle_is_left_where_the_gradient_is_small_but_not_zero():
     with torch.no_grad():
         model.layers[2].bias += 1e-10
     optimizer = DampedNewton(model)
-    state_of(optimizer).update(polishing=True, decrease=0.0, gradient_norm=math.inf)
+    state_of(optimizer)["exact"] = True
     optimizer.step(closure_of(model, x, y))
     report = optimizer.report
     assert 1e-12 < report.gradient_norm < 1e-9
@@ -179,10 +197,9 @@ def test_gauss_newton_alone_stays_on_a_saddle_and_says_so():
 
 
 def test_no_exact_hessian_beyond_its_memory(monkeypatch):
-    monkeypatch.setattr(newton_step, "sweep_bytes", lambda shapes, N: math.inf)
-    monkeypatch.setattr(FactoredSteps, "is_dense", False)
-    model, x, y = Case((6, 5), 20, inputs=4, loss="mse").build()
-    optimizer, methods = DampedNewton(model, weight_decay=0.05, gtol=1e-6), set()
+    monkeypatch.setattr(newton_step, "HESSIAN_BYTES", 1000)
+    model, x, y = Case((6, 5), 20, inputs=4).build()
+    optimizer, methods = DampedNewton(model, weight_decay=0.05, gtol=1e-3), set()
     for _ in range(200):
         optimizer.step(closure_of(model, x, y))
         methods.add(optimizer.report.method)
@@ -191,50 +208,19 @@ def test_no_exact_hessian_beyond_its_memory(monkeypatch):
     assert optimizer.converged and not optimizer.report.certified and methods == {"gauss_newton", "none"}
 
 
-@pytest.mark.parametrize(
-    "changes, ends",
-    (
-        ({}, True),
-        ({"value": 0.4}, False),  # f falls by more than five Gauss–Newton steps would lower it
-        ({"gradient_norm": 100.0}, False),  # ‖g‖ more than halved since
-        ({"damping": 1.0}, False),  # λ was not raised
-        ({"damping": 1.0, "length": 0.5}, True),  # but the step was shortened
-        ({"value": 0.4, "failed": True}, True),  # Gauss–Newton found nothing: one step is all
-        ({"value": 0.4, "failed": True, "ending": True}, False),
-    ),
-    ids=str,
-)
-def test_a_polish_ends_where_it_is_slow(changes, ends):
-    """f was 1, and Gauss–Newton steps lowered it by 0.1 each. The step below is slow, with one thing changed."""
-    given = {"value": 0.6, "damping": 2.0, "length": 1.0, "gradient_norm": 1.0, "failed": False, "ending": False}
-    given |= changes
-    model, x, y = Case((6, 5), 14, inputs=4).build()
-    optimizer = DampedNewton(model)
-    closure_of(model, x, y)()
-    step, state = step_of(optimizer), state_of(optimizer)
-    state.update(polishing=True, decrease=0.1, **{name: given[name] for name in ("gradient_norm", "failed", "ending")})
-    step.search._before = 1.0
-    trial = Trial(given["value"], step.problem.theta, given["damping"], given["length"])
-    step._end_polish_if_slow(trial, start=1.0)
-    assert state["polishing"] != ends and state["polished"] == 1
-    assert state["patience"] == (10 if ends else 5)  # it ended soon: the next one begins later
-    assert state["gradient_norm"] == step.problem.gradient_norm > 0.5
-
-
 # ------------------------------------------------------------------------------------------- steps that find nothing
 
-plain_logits = Objective.logits
+plain_logits = ChainLosses.logits
 
 
 def poison_trials(monkeypatch, value: float | None) -> None:
     """Let the logits be `value` at all parameters but the present ones; None: undo that."""
 
-    def poisoned(self: Objective, theta: Tensor) -> Tensor:
-        out = plain_logits(self, theta)
-        moved = (theta.to(self.inputs.dtype) != self.theta.to(self.inputs.dtype)).any(1)
-        return torch.where(moved[:, None, None], value, out)
+    def poisoned(self: ChainLosses, theta: Tensor) -> Tensor:
+        moved = (theta.to(self.dtype) != self.theta.to(self.dtype)).any(1)
+        return torch.where(moved[:, None, None], value, plain_logits(self, theta))
 
-    monkeypatch.setattr(Objective, "logits", plain_logits if value is None else poisoned)
+    monkeypatch.setattr(ChainLosses, "logits", plain_logits if value is None else poisoned)
 
 
 @pytest.mark.parametrize("poison", (math.nan, math.inf, -math.inf))
@@ -265,39 +251,6 @@ def test_a_step_that_finds_nothing_changes_nothing(options, poison, monkeypatch)
     assert model(x, y).item() < loss.item()
 
 
-def test_one_bad_batch_does_not_end_gauss_newton(monkeypatch):
-    torch.manual_seed(0)
-    model = DeepMLPWithTracking(5, 4, 3, 2).double()
-    x, y = random_vector(5, 6).T.contiguous(), torch.tensor([0, 1, 2, 0, 1, 2])
-    optimizer, methods = DampedNewton(model), []
-    for step in range(8):
-        poison_trials(monkeypatch, math.nan if step == 2 else None)
-        optimizer.step(closure_of(model, x, y))
-        methods.append(optimizer.report.method)
-    assert methods[2] == "gauss_newton" and methods[4] == "gauss_newton", methods
-
-
-@pytest.mark.parametrize("metric, factor", (("state", 0.1), ("parameter", 0.01)))
-def test_damping_falls_after_a_sweep_that_did_well_at_once(metric, factor):
-    model, x, y = Case((6, 5), 14, inputs=4).build()
-    optimizer = DampedNewton(model, metric=metric, route="sweep", damping=1000.0)
-    optimizer.step(closure_of(model, x, y))
-    assert optimizer.report.num_trials == 1 and optimizer.report.length >= 1
-    assert state_of(optimizer)["damping"] == pytest.approx(factor * 1000.0)
-
-
-@pytest.mark.parametrize("cg_iterations, damping", ((0, 100.0), (8, 10.0)))
-def test_damping_after_a_step_that_found_nothing(cg_iterations, damping, monkeypatch):
-    """The largest λ that was tried; after one solve with a sub-batch alone, a hundred times the first."""
-    model, x, y = Case((6, 5), 14, inputs=4).build()
-    optimizer = DampedNewton(model, curvature_batch=5, cg_iterations=cg_iterations, route="sweep")
-    monkeypatch.setattr(damping_search, "_MAX_ROUNDS", 2)
-    poison_trials(monkeypatch, math.nan)
-    optimizer.step(closure_of(model, x, y))
-    assert optimizer.report.num_trials == 2 and not optimizer.report.accepted
-    assert state_of(optimizer)["damping"] == damping
-
-
 def test_damping_comes_down_from_where_the_model_promises_no_decrease():
     model, x, y = Case((6, 5), 14, inputs=4).build()
     optimizer = DampedNewton(model, curvature_batch=5, damping=1e16)
@@ -307,52 +260,25 @@ def test_damping_comes_down_from_where_the_model_promises_no_decrease():
     assert model(x, y).item() < 0.5 * before
 
 
-def test_a_tiny_damping_rises_on_other_data():
-    """λ is 1e-50. Where twelve larger ones are not enough, the next step begins at the largest of them."""
-    for options in (
-        {"curvature_batch": 4, "cg_iterations": 8},
-        {"curvature_batch": 4, "cg_iterations": 1},
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"curvature_batch": 4},
         {"curvature": "gauss_newton", "route": "gram"},
         {"curvature": "gauss_newton", "route": "sweep"},
         {"curvature": "hessian"},
-    ):
-        model, x, y = Case((8, 8), 24, inputs=6).build()
-        optimizer = DampedNewton(model, **options)
-        state = state_of(optimizer)
-        state["damping"] = state["hessian_damping"] = 1e-50
-        accepted = []
-        for _ in range(3):
-            optimizer.step(closure_of(model, x, y))
-            accepted.append(optimizer.report.accepted)
-        assert accepted[-1]
-
-
-def test_the_least_damping_falls_with_the_loss_and_comes_back():
-    """At a loss below 1e-30, a λ of 1e-30 would dominate the curvature. On other data λ must rise again."""
-    model, x, y = Case((8, 8), 12, inputs=6).build()
-    optimizer = DampedNewton(model, curvature_batch=8, gtol=0.0)
+    ),
+    ids=str,
+)
+def test_a_tiny_damping_is_no_trap(options):
+    """It may be left by other data."""
+    model, x, y = Case((8, 8), 24, inputs=6).build()
+    optimizer = DampedNewton(model, **options)
     state = state_of(optimizer)
-    for _ in range(85):
+    state["damping"] = state["hessian_damping"] = 1e-50
+    for _ in range(20):
         optimizer.step(closure_of(model, x, y))
-    assert accurate_loss(model.loss, model(x)[None], y).item() < 1e-36
-    assert state["damping"] < 1e-36
-    fitted = copy.deepcopy(model.state_dict())
-    _, x, y = Case((8, 8), 12, inputs=6).build(seed=1)
-    optimizer.step(closure_of(model, x, y))
-    assert optimizer.report.damping > 1e-15  # twelve trials from 1e-30, or fewer and accepted
-    for options in (
-        {"curvature_batch": 8},
-        {"curvature": "gauss_newton", "route": "gram", "cg_iterations": 0},
-        {"curvature": "gauss_newton", "route": "sweep", "cg_iterations": 0},
-        {"curvature": "hessian"},
-    ):
-        model.load_state_dict(fitted)
-        optimizer = DampedNewton(model, **options)
-        state = state_of(optimizer)
-        state["damping"] = state["hessian_damping"] = 1e-40
-        for _ in range(6):
-            optimizer.step(closure_of(model, x, y))
-        assert optimizer.report.accepted
+    assert model(x, y).item() < 1e-6
 
 
 # ------------------------------------------------------------------------------------------------ a wide first layer
@@ -368,7 +294,8 @@ WIDE = Case((7, 6), 9, inputs=60, classes=4)
     ids=str,
 )
 def test_a_wide_first_layer_moves_in_the_span_of_its_inputs(monkeypatch, options, size, bias):
-    """The same steps as with all its weights, with momentum and an L2 term."""
+    """The same steps as with all its weights, with an L2 term. More quasi-Newton steps would magnify the rounding."""
+    monkeypatch.setattr(newton_step, "exact_round", functools.partial(exact_round, max_steps=2))
 
     def trained(wide: int) -> tuple[Tensor, list]:
         monkeypatch.setattr(input_span, "WIDE_LAYER", wide)
@@ -385,7 +312,7 @@ def test_a_wide_first_layer_moves_in_the_span_of_its_inputs(monkeypatch, options
         assert a[:2] + a[5:] == b[:2] + b[5:] and a[2:5] == pytest.approx(b[2:5], rel=1e-11)
 
 
-def test_a_wide_first_layer_is_polished_to_a_certified_minimum(monkeypatch):
+def test_a_wide_first_layer_ends_at_a_certified_minimum(monkeypatch):
     """With curvature='auto': the gradients of the quasi-Newton steps are taken in the span, too."""
     monkeypatch.setattr(input_span, "WIDE_LAYER", 1)
     model, x, y = WIDE.build()
