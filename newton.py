@@ -33,6 +33,7 @@ from collections.abc import Callable
 from typing import NoReturn, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from _hessian.argument_checks import as_one_batch, checked_nonnegative, checked_radius, checked_rtol, checked_vector
@@ -41,6 +42,7 @@ from _hessian.newton_options import Options, State, initial_state
 from _hessian.newton_problem import ChainProblem, NetworkProblem, Problem
 from _hessian.newton_step import NewtonStep, StepReport
 from _hessian.objective import Chain
+from _hessian.ranks import Ranks
 from _hessian.step_cost import StepCost, estimate_step_cost
 from _hessian.trust_region import TrustRegionStep, solve_trust_region
 from hessian import _SOLVER, DeepMLPWithTracking, Model, _checked_derivatives, _system
@@ -95,6 +97,8 @@ class DampedNewton(torch.optim.Optimizer):
     returns the loss of the same data at each step; it need not.
     """
 
+    _group: dist.ProcessGroup | None = None
+
     def __init__(
         self,
         model: Model,
@@ -110,12 +114,15 @@ class DampedNewton(torch.optim.Optimizer):
         gtol: float = 1e-12,
         htol: float = 1e-8,
         seed: int = 0,
+        group: dist.ProcessGroup | None = None,
     ):
         if not isinstance(model, DeepMLPWithTracking | TrackedNetwork):
             raise TypeError(
                 f"model must be a DeepMLPWithTracking or a TrackedNetwork, got {type(model).__name__}: pass the model "
                 "itself, or TrackedNetwork(net)"
             )
+        if group is not None and isinstance(model, TrackedNetwork):
+            raise TypeError("a group of ranks is for a DeepMLPWithTracking: pass group=None for a TrackedNetwork")
         if metric == "auto":
             metric = "state" if isinstance(model, DeepMLPWithTracking) and model.input_dim > 1 else "parameter"
         if metric_damping is None:
@@ -136,7 +143,7 @@ class DampedNewton(torch.optim.Optimizer):
         if not (0 < damping < math.inf):
             raise ValueError(f"damping must be positive and finite, got {damping!r}")
         super().__init__([p for p in model.parameters() if p.requires_grad], options._asdict())
-        self._model = model
+        self._model, self._group = model, group
         self.report: StepReport | None = None
         self.converged = self.stalled = False
         self.state[self.param_groups[0]["params"][0]] = initial_state(damping)
@@ -180,12 +187,29 @@ class DampedNewton(torch.optim.Optimizer):
         """
         return estimate_step_cost(self._chain(), self._options(), batch_size, num_dampings)
 
-    def _problem(self, loss: Tensor, options: Options, step: int) -> Problem:
+    def _problem(self, loss: Tensor, options: Options, step: int, ranks: Ranks) -> Problem:
         model = self._model
         if isinstance(model, TrackedNetwork):
             return NetworkProblem(model, network_at_batch(model, loss), options, step)
         layers = _checked_derivatives(model, loss)
-        return ChainProblem(self._chain(), as_one_batch(model._tracked), layers, options, step, _SOLVER)
+        return ChainProblem(self._chain(), as_one_batch(model._tracked), layers, options, step, _SOLVER, ranks)
+
+    def _lead(self, problem: Problem) -> tuple[StepReport, bool, bool, State]:
+        """Take the step."""
+        parameters = self.param_groups[0]["params"]
+        state: State = self.state[parameters[0]]
+        step = NewtonStep(problem, parameters, state)
+        step.run()
+        return step.report, step.converged, step.stalled, state
+
+    def _loss_of_no_sample(self) -> Tensor:
+        """Of a rank without samples: a sample that is tracked for its shapes, and weighs nothing."""
+        model, parameter = self._model, self.param_groups[0]["params"][0]
+        assert isinstance(model, DeepMLPWithTracking), "checked at construction"
+        x = parameter.new_zeros(1, model.input_dim)
+        logits = model(x)
+        targets = torch.zeros_like(logits) if model.loss == "mse" else logits.argmax(1)
+        return model(x, targets, track_activations=True)
 
     @overload
     def step(self, closure: Callable[[], Tensor]) -> Tensor: ...
@@ -199,6 +223,9 @@ class DampedNewton(torch.optim.Optimizer):
         options = self._options()
         with torch.enable_grad():
             loss = closure() if closure is not None else None
+        empty = loss is None and closure is not None and self._group is not None
+        if empty:
+            loss = self._loss_of_no_sample()
         if not isinstance(loss, Tensor):
             raise TypeError(
                 f"the closure must return the loss, got {type(loss).__name__}: let it end with "
@@ -212,9 +239,12 @@ class DampedNewton(torch.optim.Optimizer):
         with torch.autocast(loss.device.type, enabled=False):
             # inference mode saves a fifth of a small network's time
             with torch.inference_mode(isinstance(self._model, DeepMLPWithTracking)):
-                step = NewtonStep(self._problem(loss, options, state["step"]), parameters, state)
-                step.run()
-        self.report, self.converged, self.stalled = step.report, step.converged, step.stalled
+                ranks = Ranks(self._group, 0 if empty else len(self._model._tracked.targets), loss.device)
+                problem = self._problem(loss, options, state["step"], ranks)
+                self.report, self.converged, self.stalled, new_state = ranks.lead(lambda: self._lead(problem))
+        state.update(new_state)
+        for p in parameters:
+            ranks.broadcast(p)
         return loss
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from _hessian.layers import LayerDerivatives
+from _hessian.ranks import Ranks
 
 WIDE_LAYER = 2**20  # weights of a first layer that is worth restricting
 
@@ -33,15 +34,21 @@ class InputSpan(NamedTuple):
     weight: Tensor  # (a, N + 1)
 
     @classmethod
-    def build(cls, layer: LayerDerivatives, bias: Tensor | None) -> InputSpan:
-        Q, R = torch.linalg.qr(layer.inputs.mT)
+    def build(cls, layer: LayerDerivatives, bias: Tensor | None, dtype: torch.dtype, ranks: Ranks) -> InputSpan:
+        """Of the samples of all ranks. Only the first rank has the basis and U. dtype: that of the batch."""
+        inputs = ranks.gather(layer.inputs.to(dtype), ranks.sizes).double()
+        if ranks.rank:
+            none, N = layer.inputs.new_empty(0, 0), ranks.num_samples
+            like = (inputs.new_empty(N, N + 1), inputs.new_empty(len(layer.weight), N + 1))
+            return cls(none, none, layer.weight.shape[1], *map(ranks.broadcast, like))
+        Q, R = torch.linalg.qr(inputs.mT)
         U = layer.weight if bias is None else torch.cat([layer.weight, bias.to(layer.weight)[:, None]], 1)
         Y = U @ Q
         U = U - Y @ Q.mT
         s = torch.linalg.vector_norm(U, dim=1, keepdim=True)
         U /= torch.where(s > 0, s, 1.0)
-        inputs = torch.cat([R.mT, R.new_zeros(len(R), 1)], 1)
-        return cls(Q, U, layer.weight.shape[1], inputs, torch.cat([Y, s], 1))
+        coordinates = torch.cat([R.mT, R.new_zeros(len(R), 1)], 1), torch.cat([Y, s], 1)
+        return cls(Q, U, layer.weight.shape[1], *map(ranks.broadcast, coordinates))
 
     def restrict(self, v: Tensor) -> Tensor:
         """The part of a flat v (P,) in the span: the coordinates (Y, s), then the other layers as they are."""

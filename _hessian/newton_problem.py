@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ from _hessian.layers import LayerDerivatives, OutputHessian, TrackedBatch, same_
 from _hessian.network import Network, NetworkAtBatch, TrackedNetwork
 from _hessian.newton_options import Options
 from _hessian.objective import Chain, ChainLosses, NetworkLosses, Objective
+from _hessian.ranks import Ranks
 from _hessian.settings import Settings
 
 
@@ -30,7 +32,8 @@ class Problem(Protocol):
     num_samples: int
     objective: Objective
     gradient: Tensor  # (P,) g
-    bends: bool  # whether Gauss–Newton steps have a second-order correction: it pays for the mean square loss
+    # (k, N, C) at θ (k, P), for the second-order correction of Gauss–Newton steps. It pays for the mean square loss
+    logits: Callable[[Tensor], Tensor] | None
 
     @property
     def span(self) -> InputSpan | None:
@@ -73,20 +76,28 @@ class ChainProblem:
         options: Options,
         step: int,
         solver: Solver,
+        ranks: Ranks,
     ):
-        self.options, self.num_samples, self._solver = options, len(batch.inputs), solver
-        self.span: InputSpan | None = None
+        self.options, self.num_samples, self._solver = options, ranks.num_samples, solver
+        dtype, self.span, self.logits = batch.inputs.dtype, None, None
+        if not ranks.sizes[ranks.rank]:  # what was tracked stands for no sample
+            batch = batch._replace(inputs=batch.inputs[:0], targets=batch.targets[:0])
+            layers = select(layers, slice(0), 1.0)
         if is_wide(self.num_samples, layers[0].inputs.shape[1], len(layers[0].weight)):
-            self.span = InputSpan.build(layers[0], chain.linears[0].bias)
-            layers = (layers[0]._replace(weight=self.span.weight, inputs=self.span.inputs), *layers[1:])
-        self.bends = chain.loss == "mse" and options.uses_all_samples(self.num_samples)
-        self.objective = Objective(ChainLosses(chain, batch, self.span), options.weight_decay)
-        self.gradient = _loss_gradient(layers) + options.weight_decay * self.objective.theta
+            self.span = InputSpan.build(layers[0], chain.linears[0].bias, dtype, ranks)
+            layers = (layers[0]._replace(weight=self.span.weight, inputs=self.span.inputs[ranks.own]), *layers[1:])
+        losses = ChainLosses(chain, batch, layers[0] if self.span else None, max(ranks.sizes))
+        self.objective = Objective(losses, options.weight_decay, ranks)
+        self.gradient = ranks.mean(_loss_gradient(layers)) + options.weight_decay * self.objective.theta
         chosen = sub_batch_indices(options, self.num_samples, step)
-        self.layers = layers if chosen is None else sub_batch(layers, chosen.to(batch.inputs.device))
+        self.layers = sub_batch(layers, chosen, ranks)
+        if chain.loss == "mse" and chosen is None:
+            inputs = self.layers[0].inputs[:, : self.layers[0].weight.shape[1]].to(dtype)
+            self.logits = partial(losses.logits, inputs=inputs)
         # products in the model's dtype, as the trials are
-        single = batch.inputs.dtype == torch.float32 and chosen is not None
-        self._all_layers = tuple(x.in_float32() for x in layers) if single else layers
+        single = dtype == torch.float32 and chosen is not None
+        self._own_layers = tuple(x.in_float32() for x in layers) if single else layers
+        self._product = ranks.shared(lambda v: gauss_newton_product(self._own_layers, v[:, None])[:, 0])
 
     def hessian_bytes(self) -> float:
         return _bytes(route_costs(shapes_of_layers(self.layers), self.num_samples))
@@ -100,14 +111,13 @@ class ChainProblem:
         return self._solver.product((*hidden, last), v[:, None])[:, 0]
 
     def product(self, v: Tensor) -> Tensor:
-        layers = self._all_layers
-        return gauss_newton_product(layers, v.to(layers[0].weight.dtype)[:, None])[:, 0].double()
+        return self._product(v.to(self._own_layers[0].weight.dtype)).double()
 
 
 class NetworkProblem:
     """Of a `TrackedNetwork`."""
 
-    bends, span, layers = False, None, None
+    logits, span, layers = None, None, None
 
     def __init__(self, model: TrackedNetwork, at_batch: NetworkAtBatch, options: Options, step: int):
         self.options, self.num_samples = options, len(at_batch.batch.targets)
@@ -154,16 +164,37 @@ def _loss_gradient(layers: Sequence[LayerDerivatives]) -> Tensor:
     return torch.cat(pieces)
 
 
-def sub_batch(layers: Sequence[LayerDerivatives], chosen: Tensor) -> tuple[LayerDerivatives, ...]:
-    """The derivatives of the mean loss over the chosen samples. What is linear in ∂loss grows by N/k."""
-    factor = len(layers[0].inputs) / len(chosen)
+def sub_batch(
+    layers: Sequence[LayerDerivatives], chosen: Tensor | None, ranks: Ranks
+) -> tuple[LayerDerivatives, ...]:
+    """The derivatives of the mean loss over the chosen samples of all ranks, None: all. Of use on the first rank."""
+    if chosen is None and ranks.group is None:
+        return tuple(layers)
+    chosen = torch.arange(ranks.num_samples) if chosen is None else chosen
+    parts = ranks.split(chosen)
+    own = select(layers, parts[ranks.rank].to(layers[0].inputs.device), len(layers[0].inputs) / len(chosen))
+    if ranks.group is None:
+        return own
+    last = own[-1].loss_hessian
+    rows = [rows for x in own for rows in (x.inputs, x.slope, x.curvature, x.adjoint)] + [last.diagonal]
+    together = ranks.gather(torch.cat(rows, 1), [len(part) for part in parts])
+    *pieces, diagonal = (x.contiguous() for x in together.split([x.shape[1] for x in rows], 1))
+    names = ("inputs", "slope", "curvature", "adjoint")
+    found = [x._replace(**dict(zip(names, pieces[4 * i :], strict=False))) for i, x in enumerate(own)]
+    return (*found[:-1], found[-1]._replace(output=last._replace(diagonal=diagonal)))
+
+
+def select(
+    layers: Sequence[LayerDerivatives], samples: Tensor | slice, factor: float
+) -> tuple[LayerDerivatives, ...]:
+    """Those of some samples. factor: of what is linear in ∂loss."""
     return tuple(
         layer._replace(
-            inputs=layer.inputs[chosen],
-            slope=layer.slope[chosen],
-            curvature=layer.curvature[chosen] * factor,
-            adjoint=layer.adjoint[chosen] * factor,
-            output=layer.output and layer.output._replace(diagonal=layer.output.diagonal[chosen] * factor),
+            inputs=layer.inputs[samples],
+            slope=layer.slope[samples],
+            curvature=layer.curvature[samples] * factor,
+            adjoint=layer.adjoint[samples] * factor,
+            output=layer.output and layer.output._replace(diagonal=layer.output.diagonal[samples] * factor),
         )
         for layer in layers
     )

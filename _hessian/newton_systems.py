@@ -14,7 +14,7 @@ from _hessian.factorization import HessianFactorization, System, factorize_syste
 from _hessian.gram import DampedSystem, GramSystem
 from _hessian.layers import NotPositiveDefinite, SingularHessianError
 from _hessian.newton_problem import Problem
-from _hessian.objective import ChainLosses, Terms
+from _hessian.objective import Terms
 from _hessian.settings import Settings
 
 
@@ -88,7 +88,7 @@ class GramSteps:
         if damped is None:
             return None
         x, Jx = self.system.step(damped)
-        return Solution(x, self._bend(damped, x, Jx) if self.problem.bends else None)
+        return Solution(x, self._bend(damped, x, Jx) if self.problem.logits is not None else None)
 
     def _bend(self, damped: DampedSystem, x: Tensor, Jx: Tensor) -> Tensor:
         """−½ (JᵀJ + cI + λD)⁻¹ Jᵀ Sᵀs₂ (P,), s₂ the second derivative of the logits along x: a one-sided difference.
@@ -96,9 +96,9 @@ class GramSteps:
         This is how the solution bends as its length grows (Transtrum & Sethna 2012). Without it, curve fitting takes
         four times as long to a loss of 1e-10.
         """
-        losses, part = self.problem.objective.losses, 0.1  # the difference is taken over this part of x
-        assert isinstance(losses, ChainLosses), "the Gram route has closed forms"
-        here, ahead = losses.logits(torch.stack([losses.theta, losses.theta + part * x])).double()
+        theta, part = self.problem.objective.theta, 0.1  # the difference is taken over this part of x
+        assert self.problem.logits is not None
+        here, ahead = self.problem.logits(torch.stack([theta, theta + part * x])).double()
         change = (self.system.scale(ahead - here) / part - Jx) * (2 / part)
         return -0.5 * damped.transpose(damped.solve(change))
 

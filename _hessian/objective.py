@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from _hessian.input_span import InputSpan
-from _hessian.layers import TrackedBatch
+from _hessian.layers import LayerDerivatives, TrackedBatch
 from _hessian.network import TrackedNetwork
+from _hessian.ranks import Ranks
 
 Terms = tuple[tuple[float, Tensor], ...]  # Σ c·v, v (P,)
 
 
-class Losses(Protocol):
+class Losses:
     """The loss of one batch as a function of the flat parameters, in the model's dtype."""
 
     theta: Tensor  # (P,) the present ones, in float64
@@ -26,32 +26,40 @@ class Losses(Protocol):
 
     def __call__(self, theta: Tensor) -> Tensor:
         """(k,) in float64 at θ (k, P); NaN or infinite where it overflows."""
+        raise NotImplementedError
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        """(P,) at θ (P,)."""
+        with torch.inference_mode(False), torch.enable_grad():
+            theta = theta.clone().requires_grad_()  # of an inference tensor, a normal one
+            return torch.autograd.grad(self(theta[None].to(self.dtype))[0], theta)[0]
 
 
 class Objective:
-    """f = loss + ½c‖θ‖². Each f is computed in the model's dtype, of parameters rounded to it."""
+    """f = loss + ½c‖θ‖² of the samples of all ranks, in the model's dtype, of parameters rounded to it."""
 
-    def __init__(self, losses: Losses, weight_decay: float):
-        self.losses, self.weight_decay, self.theta = losses, weight_decay, losses.theta
+    def __init__(self, losses: Losses, weight_decay: float, ranks: Ranks | None = None):
+        self.weight_decay, self.theta, self.rows, self.dtype = weight_decay, losses.theta, losses.rows, losses.dtype
+        ranks = ranks or Ranks()
+        self._loss, self._loss_gradient = ranks.shared(losses), ranks.shared(losses.gradient)
 
     def __call__(self, theta: Tensor) -> Tensor:
         """f (k,) at θ (k, P)."""
-        theta = theta.to(self.losses.dtype)
-        loss = self.losses(theta)
+        theta = theta.to(self.dtype)
+        loss = self._loss(theta)
         return loss + 0.5 * self.weight_decay * theta.double().square().sum(1) if self.weight_decay else loss
 
     def after(self, steps: list[Terms]) -> Tensor:
         """f (k,) after each of the steps. Few are formed at a time: all may be more than memory holds."""
-        rows, values = self.losses.rows, []
+        rows, values = self.rows, []
         for start in range(0, len(steps), rows):
             values.append(self(torch.stack([self.theta + total(terms) for terms in steps[start : start + rows]])))
         return torch.cat(values)
 
     def gradient(self, theta: Tensor) -> Tensor:
         """∇f (P,) at θ (P,)."""
-        with torch.inference_mode(False), torch.enable_grad():
-            theta = theta.clone().requires_grad_()  # of an inference tensor, a normal one
-            return torch.autograd.grad(self(theta[None])[0], theta)[0]
+        gradient = self._loss_gradient(theta)
+        return gradient + self.weight_decay * theta.to(self.dtype).double() if self.weight_decay else gradient
 
 
 def total(terms: Terms) -> Tensor:
@@ -71,28 +79,29 @@ class Chain(NamedTuple):
     loss: str  # 'cross_entropy' or 'mse'
 
 
-class ChainLosses:
+class ChainLosses(Losses):
     """All parameter vectors in one batched forward pass."""
 
-    def __init__(self, chain: Chain, batch: TrackedBatch[Tensor], span: InputSpan | None = None):
+    def __init__(self, chain: Chain, batch: TrackedBatch[Tensor], first: LayerDerivatives | None, num_samples: int):
+        """first: the first layer, if it is restricted. num_samples: the most that a rank has."""
         self.activate, self.loss, self.inputs, self.targets = chain.activate, chain.loss, batch.inputs, batch.targets
         parameters = [p.detach() for linear in chain.linears for p in linear.parameters()]
         self._biases = [linear.bias is not None for linear in chain.linears]
-        if span is not None:
+        if first is not None:
             with torch.inference_mode(False):  # a gradient needs a normal tensor
-                self.inputs = span.inputs.clone().to(self.inputs.dtype)
-            parameters = [span.weight, *parameters[1 + self._biases[0] :]]
+                self.inputs = first.inputs.clone().to(self.inputs.dtype)
+            parameters = [first.weight, *parameters[1 + self._biases[0] :]]
             self._biases[0] = False
         self.theta, self.dtype = torch.cat([p.flatten().double() for p in parameters]), self.inputs.dtype
         self._sizes = [p.numel() for p in parameters]
         widest = max(linear.out_features for linear in chain.linears)
         numbers = 2**26  # that one forward pass may hold: parameters and activations
-        self.rows = max(1, numbers // (len(self.theta) + 4 * len(self.inputs) * widest))
+        self.rows = max(1, numbers // (len(self.theta) + 4 * num_samples * widest))
 
-    def logits(self, theta: Tensor) -> Tensor:
-        """(k, N, C) at θ (k, P)."""
+    def logits(self, theta: Tensor, inputs: Tensor) -> Tensor:
+        """(k, N, C) at θ (k, P) and inputs (N, a)."""
         pieces = iter(theta.to(self.dtype).split(self._sizes, 1))
-        z, last = self.inputs.expand(len(theta), *self.inputs.shape), len(self._biases) - 1
+        z, last = inputs.expand(len(theta), *inputs.shape), len(self._biases) - 1
         for index, bias in enumerate(self._biases):
             weight = next(pieces).view(len(theta), -1, z.shape[2]).mT
             h = torch.baddbmm(next(pieces)[:, None, :], z, weight) if bias else torch.bmm(z, weight)
@@ -100,10 +109,10 @@ class ChainLosses:
         return z
 
     def __call__(self, theta: Tensor) -> Tensor:
-        return accurate_loss(self.loss, self.logits(theta).double(), self.targets)
+        return accurate_loss(self.loss, self.logits(theta, self.inputs).double(), self.targets)
 
 
-class NetworkLosses:
+class NetworkLosses(Losses):
     """One parameter vector after the other, by the network itself."""
 
     rows = 1
