@@ -75,6 +75,10 @@ class DampedNewton(torch.optim.Optimizer):
     samples out, or where its factorization would take more than 4 GB. There ‖g‖ ≤ gtol suffices, and
     `.report.certified` is False. A float32 model can't reach the default gtol.
     seed: of the sub-batches.
+    group: the processes of torch.distributed that take a step together; None: this one alone. They have the same model
+    and options. Each closure returns the mean loss of the rank's own samples, None where it has none. The step is that
+    of all samples, and all ranks end with the same parameters, bit for bit. `estimate_step` tells what is shared. The
+    others wait while the first rank solves, as long as the group's timeout lets them.
 
     Results. `.report`: a StepReport of the last step. `.converged`: whether the last step found the point stationary.
     `.stalled`: whether nothing that it tried lowered f. No clock and no global random state is read. A run repeats
@@ -179,20 +183,21 @@ class DampedNewton(torch.optim.Optimizer):
             )
         return Chain(model._linears(), model.skips, model.activate, model.loss)
 
-    def estimate_step(self, batch_size: int, num_dampings: int = 1) -> StepCost:
+    def estimate_step(self, batch_size: int, num_dampings: int = 1, ranks: int = 1) -> StepCost:
         """What a step on a batch of this size takes, before it is taken. The model may be one on the meta device.
 
         num_dampings: λ that it tries (`report.num_trials`): one, and another each time that f does not fall.
         Quasi-Newton steps after one with the exact Hessian are not counted.
         """
-        return estimate_step_cost(self._chain(), self._options(), batch_size, num_dampings)
+        return estimate_step_cost(self._chain(), self._options(), batch_size, num_dampings, ranks)
 
-    def _problem(self, loss: Tensor, options: Options, step: int, ranks: Ranks) -> Problem:
+    def _problem(self, loss: Tensor, options: Options, step: int, empty: bool = False) -> Problem:
         model = self._model
         if isinstance(model, TrackedNetwork):
             return NetworkProblem(model, network_at_batch(model, loss), options, step)
-        layers = _checked_derivatives(model, loss)
-        return ChainProblem(self._chain(), as_one_batch(model._tracked), layers, options, step, _SOLVER, ranks)
+        layers, batch = _checked_derivatives(model, loss), as_one_batch(model._tracked)
+        ranks = Ranks(self._group, 0 if empty else len(batch.inputs), batch.inputs.device)
+        return ChainProblem(self._chain(), batch, layers, options, step, _SOLVER, ranks)
 
     def _lead(self, problem: Problem) -> tuple[StepReport, bool, bool, State]:
         """Take the step."""
@@ -203,7 +208,7 @@ class DampedNewton(torch.optim.Optimizer):
         return step.report, step.converged, step.stalled, state
 
     def _loss_of_no_sample(self) -> Tensor:
-        """Of a rank without samples: a sample that is tracked for its shapes, and weighs nothing."""
+        """On a rank without samples: a sample that is tracked for its shapes, and weighs nothing."""
         model, parameter = self._model, self.param_groups[0]["params"][0]
         assert isinstance(model, DeepMLPWithTracking), "checked at construction"
         x = parameter.new_zeros(1, model.input_dim)
@@ -212,13 +217,13 @@ class DampedNewton(torch.optim.Optimizer):
         return model(x, targets, track_activations=True)
 
     @overload
-    def step(self, closure: Callable[[], Tensor]) -> Tensor: ...
+    def step(self, closure: Callable[[], Tensor | None]) -> Tensor: ...
 
     @overload  # an error, with a cure: other optimizers of torch allow it
     def step(self, closure: Callable[[], float] | None = None) -> NoReturn: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor:
+    def step(self, closure: Callable[[], Tensor | float | None] | None = None) -> Tensor:
         """One step. Returns the closure's loss: the one before the step."""
         options = self._options()
         with torch.enable_grad():
@@ -239,12 +244,11 @@ class DampedNewton(torch.optim.Optimizer):
         with torch.autocast(loss.device.type, enabled=False):
             # inference mode saves a fifth of a small network's time
             with torch.inference_mode(isinstance(self._model, DeepMLPWithTracking)):
-                ranks = Ranks(self._group, 0 if empty else len(self._model._tracked.targets), loss.device)
-                problem = self._problem(loss, options, state["step"], ranks)
-                self.report, self.converged, self.stalled, new_state = ranks.lead(lambda: self._lead(problem))
+                problem = self._problem(loss, options, state["step"], empty)
+                self.report, self.converged, self.stalled, new_state = problem.ranks.lead(lambda: self._lead(problem))
         state.update(new_state)
         for p in parameters:
-            ranks.broadcast(p)
+            problem.ranks.broadcast(p)
         return loss
 
 

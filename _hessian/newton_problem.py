@@ -29,6 +29,7 @@ class Problem(Protocol):
     """
 
     options: Options
+    ranks: Ranks
     num_samples: int
     objective: Objective
     gradient: Tensor  # (P,) g
@@ -66,7 +67,12 @@ def sub_batch_indices(options: Options, num_samples: int, step: int) -> Tensor |
 
 
 class ChainProblem:
-    """Of a `DeepMLPWithTracking`; with a wide first layer, in the span of its inputs."""
+    """Of a `DeepMLPWithTracking`; with a wide first layer, in the span of its inputs.
+
+    Of several ranks, each has its own samples; the first one also has the rows of the sub-batch.
+    """
+
+    logits: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -78,8 +84,8 @@ class ChainProblem:
         solver: Solver,
         ranks: Ranks,
     ):
-        self.options, self.num_samples, self._solver = options, ranks.num_samples, solver
-        dtype, self.span, self.logits = batch.inputs.dtype, None, None
+        self.options, self.ranks, self.num_samples, self._solver = options, ranks, ranks.num_samples, solver
+        dtype, self.span = batch.inputs.dtype, None
         if not ranks.sizes[ranks.rank]:  # what was tracked stands for no sample
             batch = batch._replace(inputs=batch.inputs[:0], targets=batch.targets[:0])
             layers = select(layers, slice(0), 1.0)
@@ -117,10 +123,11 @@ class ChainProblem:
 class NetworkProblem:
     """Of a `TrackedNetwork`."""
 
-    logits, span, layers = None, None, None
+    logits: Callable[[Tensor], Tensor] | None = None
+    span, layers = None, None
 
     def __init__(self, model: TrackedNetwork, at_batch: NetworkAtBatch, options: Options, step: int):
-        self.options, self.num_samples = options, len(at_batch.batch.targets)
+        self.options, self.ranks, self.num_samples = options, Ranks(), len(at_batch.batch.targets)
         tracked = model._tracked
         assert isinstance(tracked, TrackedBatch), "checked with the loss"
         self.objective = Objective(NetworkLosses(model, tracked), options.weight_decay)
@@ -164,9 +171,7 @@ def _loss_gradient(layers: Sequence[LayerDerivatives]) -> Tensor:
     return torch.cat(pieces)
 
 
-def sub_batch(
-    layers: Sequence[LayerDerivatives], chosen: Tensor | None, ranks: Ranks
-) -> tuple[LayerDerivatives, ...]:
+def sub_batch(layers: Sequence[LayerDerivatives], chosen: Tensor | None, ranks: Ranks) -> tuple[LayerDerivatives, ...]:
     """The derivatives of the mean loss over the chosen samples of all ranks, None: all. Of use on the first rank."""
     if chosen is None and ranks.group is None:
         return tuple(layers)
@@ -184,9 +189,7 @@ def sub_batch(
     return (*found[:-1], found[-1]._replace(output=last._replace(diagonal=diagonal)))
 
 
-def select(
-    layers: Sequence[LayerDerivatives], samples: Tensor | slice, factor: float
-) -> tuple[LayerDerivatives, ...]:
+def select(layers: Sequence[LayerDerivatives], samples: Tensor | slice, factor: float) -> tuple[LayerDerivatives, ...]:
     """Those of some samples. factor: of what is linear in ∂loss."""
     return tuple(
         layer._replace(

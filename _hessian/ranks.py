@@ -22,7 +22,9 @@ class Ranks:
     bit for bit, on any hardware. group: None for one process, where nothing is sent.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, num_samples: int = 0, device: torch.device | None = None):
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, num_samples: int = 0, device: torch.device | None = None
+    ):
         self.group, self.device, self.rank, self.sizes = group, device, 0, [num_samples]
         if group is not None:
             self.rank = dist.get_rank(group)

@@ -99,10 +99,11 @@ def meta_model(args: argparse.Namespace, num_classes: int) -> DeepMLPWithTrackin
         return build_model(args, num_classes)
 
 
-def step_cost(args: argparse.Namespace, num_classes: int, hessian_batch_size: int) -> StepCost:
+def step_cost(args: argparse.Namespace, num_classes: int, hessian_batch_size: int, ranks: int) -> StepCost:
+    """Of the first rank."""
     options = dict(curvature=args.curvature, metric=args.metric, weight_decay=args.weight_decay)
     newton = DampedNewton(meta_model(args, num_classes), curvature_batch=hessian_batch_size, **options)
-    return newton.estimate_step(args.batch_size)
+    return newton.estimate_step(args.batch_size, ranks=ranks)
 
 
 def sub_batch_sizes(args: argparse.Namespace) -> list[int]:
@@ -121,7 +122,7 @@ def largest_sub_batch(
     if plain > machine.memory:
         return None, plain
     for k in sub_batch_sizes(args) if args.use_hessian else ():
-        cost = step_cost(args, num_classes, k)
+        cost = step_cost(args, num_classes, k, ranks)
         slow = cost.seconds(machine.operations, machine.traffic) > args.hessian_seconds
         if cost.bytes + plain > machine.memory or (slow and chosen):
             break
@@ -146,7 +147,7 @@ def fit_to_memory(args: argparse.Namespace, world: World, num_classes: int) -> N
     if not args.use_hessian:
         return
     asked = args.hessian_batch_size
-    cost = step_cost(args, num_classes, asked or chosen or 1)
+    cost = step_cost(args, num_classes, asked or chosen or 1, world.ranks)
     if cost.bytes + plain > machine.memory:
         fits = f"--hessian-batch-size {chosen}" if chosen else flags_that_fit(args, num_classes, machine, world.ranks)
         what = f"a Hessian step on {asked or 1} of {args.batch_size} images"
@@ -197,7 +198,7 @@ SETTINGS = {
 
 
 def print_estimates(args: argparse.Namespace, world: World) -> None:
-    """Print what fits for the recommended settings, and the seconds of a step on this machine."""
+    """Print what fits for the recommended settings, the seconds of a step on this machine, and a rank's part of it."""
     machine = measure_machine(args, world.device)
     world.say(
         f"Seconds of a step here, at {machine.operations:.2g} float64 operations/s and {machine.traffic:.2g} bytes/s:\n"
@@ -210,7 +211,25 @@ def print_estimates(args: argparse.Namespace, world: World) -> None:
             k, plain = largest_sub_batch(setup, DUMMY_CLASSES, machine._replace(memory=memory * 2**30), 1)
             row = f"| {name} | {gib(plain)} | {memory} GiB |"
             if k:
-                cost = step_cost(setup, DUMMY_CLASSES, k)
+                cost = step_cost(setup, DUMMY_CLASSES, k, 1)
                 seconds = cost.seconds(machine.operations, machine.traffic)
                 row += f" {k}, {cost.route} | {gib(cost.bytes)} | {cost.operations:.1e} | {seconds:.3g} |"
             world.say(row if k else row + " none | | | |")
+    world.say(
+        "\nOperations of the first rank for a number of ranks, with a sub-batch of 1 and the largest in 24 GiB:\n"
+    )
+    world.say(
+        "| setting | sub-batch | 1 | 2 | 4 | 8 ranks | not shared | other ranks, of 8 | memory, first of 8 | sent |"
+    )
+    world.say("| --- " * 10 + "|")
+    for name, setting in SETTINGS.items():
+        setup = argparse.Namespace(**{**vars(args), **setting, "use_hessian": True, "hessian_seconds": math.inf})
+        largest, _ = largest_sub_batch(setup, DUMMY_CLASSES, machine._replace(memory=24 * 2**30), 1)
+        for k in (1, largest) if largest else ():
+            costs = [step_cost(setup, DUMMY_CLASSES, k, ranks) for ranks in (1, 2, 4, 8)]
+            operations = " | ".join(f"{cost.operations:.3g}" for cost in costs)
+            alone, last = costs[0].alone, costs[-1]
+            world.say(
+                f"| {name} | {k} | {operations} | {alone / costs[0].operations:.1%} | {last.operations - alone:.3g} | "
+                f"{last.bytes / 1e9:.3g} GB | {last.sent / 1e9:.2g} GB |"
+            )

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from imagenet.messages import RunError, say
 
@@ -62,17 +61,6 @@ class World(NamedTuple):
         if made[1] is not None:
             raise made[1]
         return made[0]
-
-    def gather(self, x: Tensor) -> Tensor:
-        """The rows (n, …) of all ranks in the order of the ranks; n may differ."""
-        if self.ranks == 1:
-            return x
-        sizes = self.objects(len(x))
-        padded = x.new_zeros(max(sizes), *x.shape[1:])
-        padded[: len(x)] = x
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
 
     def say(self, text: str) -> None:
         if self.first:

@@ -103,8 +103,8 @@ class PlainStep:
 class NewtonStep:
     """A DampedNewton step on every `freq`-th batch, a plain step on the others.
 
-    The first rank takes the Newton step on the gathered batch and sends its weights to the others. So all ranks hold
-    the same bits on any hardware.
+    Each rank holds its images. The first one decides and sends its weights to the others. So all ranks hold the same
+    bits on any hardware. A batch without images is skipped.
     """
 
     def __init__(self, plain: PlainStep, newton: DampedNewton, freq: int):
@@ -114,28 +114,21 @@ class NewtonStep:
         if number % self.freq:
             return self.plain(x, y, number)
         began = time.perf_counter()
-        x, y = self.world.gather(x), self.world.gather(y)
-        if not len(x):
+        (samples,) = self.world.sum(len(x))
+        if not samples:
             return Step(0, 0.0, 0.0)
-        loss, forward, report = self.world.from_first(lambda: self.newton_step(x, y))
-        if self.world.ranks > 1:
-            for p in self.plain.model.parameters():
-                dist.broadcast(p.detach(), 0)
-        self.plain.optimizer.state.clear()  # the old momentum points elsewhere now
-        return Step(len(x), loss, forward, time.perf_counter() - began - forward, report)
+        loss, forward = 0.0, 0.0
 
-    def newton_step(self, x: Tensor, y: Tensor) -> tuple[float, float, StepReport | None]:
-        """The loss before the step, the seconds of its forward pass, and the report."""
-        began, loss, forward = time.perf_counter(), 0.0, 0.0
-
-        def closure() -> Tensor:
+        def closure() -> Tensor | None:
             nonlocal loss, forward
-            tracked = self.plain.model(x, y, track_activations=True)
-            loss, forward = finite(tracked.item()), time.perf_counter() - began
+            tracked = self.plain.model(x, y, track_activations=True) if len(x) else None
+            (total,) = self.world.sum(0.0 if tracked is None else len(x) * tracked.item())
+            loss, forward = finite(total / samples), time.perf_counter() - began
             return tracked
 
         self.newton.step(closure)
-        return loss, forward, self.newton.report
+        self.plain.optimizer.state.clear()  # the old momentum points elsewhere now
+        return Step(int(samples), loss, forward, time.perf_counter() - began - forward, self.newton.report)
 
     def state_dict(self) -> dict:
         return {"plain": self.plain.state_dict(), "newton": self.newton.state_dict()}
@@ -205,5 +198,6 @@ def build_step(
         weight_decay=args.weight_decay,
         damping=args.damping,
         seed=args.seed,
+        group=dist.group.WORLD if world.ranks > 1 else None,
     )
     return NewtonStep(plain, newton, args.hessian_freq)

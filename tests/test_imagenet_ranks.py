@@ -67,10 +67,10 @@ def test_weights_that_differ_between_ranks_are_found(monkeypatch):
         training.check_equal_weights(run)
 
 
-@pytest.mark.slow
-def test_a_rank_that_dies_stops_the_others(tmp_path):
+@pytest.mark.parametrize("method", ("", HESSIAN))
+def test_a_rank_that_dies_stops_the_others(tmp_path, method):
     """By torchrun, as users start it: SIGKILL to one rank ends the whole with an error, well before any time-out."""
-    argv = flags(DUMMY, checkpoint_dir=tmp_path / "run", epochs=100000, checkpoint_minutes=0)
+    argv = flags(f"{DUMMY} {method}", checkpoint_dir=tmp_path / "run", epochs=100000, checkpoint_minutes=0)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     here = Path(__file__).parents[1]
     with (tmp_path / "log").open("w") as log:

@@ -12,7 +12,7 @@ from _hessian import input_span, newton_step, step_cost
 from _hessian.costs import shapes_of_layers
 from _hessian.gram import gauss_newton_product
 from _hessian.losses import loss_value
-from _hessian.newton_problem import sub_batch
+from _hessian.newton_problem import select
 from _hessian.newton_systems import ConjugateGradients, FactoredSteps, GramSteps
 from _hessian.objective import accurate_loss
 from _hessian.quasi_newton import exact_round
@@ -144,7 +144,7 @@ def test_sub_batches_are_drawn_anew_and_the_gradient_is_of_all():
     # a sub-batch is the batch of its own mean loss
     chosen = torch.tensor([0, 3, 4, 8, 11])
     closure_of(model, x, y)()
-    part = sub_batch(compute_layer_derivatives(model), chosen)
+    part = select(compute_layer_derivatives(model), chosen, 14 / 5)
     closure_of(model, x[chosen], y[chosen])()
     for ours, exact in zip(part, compute_layer_derivatives(model), strict=True):
         for name in ("inputs", "slope", "curvature", "adjoint"):
