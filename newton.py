@@ -57,8 +57,9 @@ class DampedNewton(torch.optim.Optimizer):
     lowers the objective on that batch, or leaves the parameters as they are, bit for bit. One exception: at the end of
     a quadratic convergence f shows no difference. There ‖g‖ must fall, and f may rise by its rounding, 1e-13 of it.
 
-    curvature: 'gauss_newton'; 'hessian', the exact H in every step; 'auto': Gauss–Newton, and the exact H where
-    Gauss–Newton gets slow near a minimum with a residual, and to leave saddles.
+    curvature: 'gauss_newton'; 'hessian', the exact H in every step; 'auto': Gauss–Newton, and the exact H to leave
+    saddles, and where Gauss–Newton finds nothing or gets slow: f falls by less than 2 % in five steps. (Being slow does
+    not count with cross-entropy and no L2 term. There the minimum lies at infinity as a rule, and H tends to JᵀΛJ.)
     metric: D, what λ penalizes. 'parameter': ‖x‖². 'state': the change of all hidden pre-activations (below). 'auto':
     'state' for a `DeepMLPWithTracking` of more than one input, else 'parameter'.
     route: how Gauss–Newton systems are solved. 'gram': in N·C unknowns (`DeepMLPWithTracking` only). 'sweep': by a
@@ -84,15 +85,15 @@ class DampedNewton(torch.optim.Optimizer):
     `.stalled`: whether nothing that it tried lowered f. No clock and no global random state is read. A run repeats
     exactly, as far as torch does (on CUDA ask it to). It goes on bit for bit after `load_state_dict`.
 
-    The metric 'state'. By a factorization: D = ρI + Σ SᵀS/N, with S x the change of a layer's pre-activations: the
-    state damping of hessian.py. By the Gram route: D = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) in hidden layers, ρI in the
+    The metric 'state', of Gauss–Newton steps; with the exact H, D = I. By a factorization: D = ρI + Σ SᵀS/N, with S x
+    the change of a layer's pre-activations: the state damping of hessian.py. By the Gram route: D = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) in hidden layers, ρI in the
     output layer. Ω_ℓ measures what a change of layer ℓ's pre-activations does to all hidden ones. A_ℓ is z̃ᵀz̃/N, or with
     fewer samples than inputs a multiple of I. π² is the ratio of their mean eigenvalues, Ω_ℓ's to A_ℓ's.
 
     Cost of a step with k samples and K = C − 1 (or C). By the Gram route: 2 (kK)² Σa operations for a matrix, and
     (kK)³/3 for each λ tried, of which there is one as a rule. By a factorization: one for each λ. For the trials: five
     forward passes on the whole batch. For each iteration of conjugate gradients: 4 forward passes, and two vectors of
-    all parameters kept. For each quasi-Newton step: a gradient, a solve, four trials. `estimate_step` tells it before.
+    all parameters kept. For each quasi-Newton step: a gradient, a solve, three trials. `estimate_step` tells it before.
 
     A wide first layer, of 2²⁰ weights or more and with four times more inputs than samples, is restricted to what a
     step can change in it. The steps are the same, except with metric='state' by the Gram route.

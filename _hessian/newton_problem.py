@@ -137,6 +137,7 @@ class NetworkProblem:
         self._sub_batch = at_batch if chosen is None else at_batch.of_samples(chosen.to(self.gradient.device))
         self._all_samples = at_batch.system("gauss_newton")
         self._systems: dict[str, Network] = {}
+        self.may_leave_residual = options.weight_decay > 0 or model.loss != "cross_entropy"
 
     def hessian_bytes(self) -> float:
         return _bytes(self.system("hessian").costs(Settings()))

@@ -107,8 +107,8 @@ class NewtonStep:
         accepted = self._finish("gauss_newton", self._search(self.gauss_newton))
         slow = len(progress) > PATIENCE and self.before > (1 - LEAST_PROGRESS) * progress[0]
         state["objectives"] = progress
-        if self.options.curvature == "auto" and (not accepted or slow) and self._may_factorize_hessian():
-            if not accepted or self._predicts_little():
+        if self.options.curvature == "auto" and (not accepted or (slow and self.problem.may_leave_residual)):
+            if self._may_factorize_hessian():
                 state["exact"], state["objectives"], self.stalled = True, [], False
 
     def _search(self, systems: Systems) -> Trial | None:
@@ -145,14 +145,6 @@ class NewtonStep:
         self.before, values = float(values[0]), values[1:]  # of the same pass, so that rounding is the same
         value, index = torch.where(values.isfinite(), values, math.inf).min(0)
         return Trial(float(value), *steps[int(index)])
-
-    def _predicts_little(self) -> bool:
-        """Whether the Gauss–Newton model, hardly damped, promises to lower f by less than a tenth.
-
-        Then f has a residual there. The model lacks its curvature, and more Gauss–Newton steps won't help.
-        """
-        solution = self.gauss_newton.solve(max(1e-6 * self.state["damping"], SMALLEST_DAMPING))
-        return solution is not None and -0.5 * float(self.problem.gradient @ solution.x) < 0.1 * self.before
 
     # --------------------------------------------------------------------------------------------- exact Hessian
 

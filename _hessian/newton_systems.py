@@ -110,13 +110,16 @@ class GramSteps:
 
 
 class FactoredSteps:
-    """By the factorizations of hessian.py, Gauss–Newton or exact Hessian. D = ρI + Σ SᵀS/N with metric='state'."""
+    """By the factorizations of hessian.py. D is I; for Gauss–Newton with metric='state', ρI + Σ SᵀS/N.
+
+    With the exact Hessian I did as well: where it serves, near a minimum, layers' changes should cancel each other.
+    """
 
     exponent = 2
 
     def __init__(self, problem: Problem, curvature: str):
         self.problem, self.curvature = problem, curvature
-        self._by_state = problem.options.metric == "state"
+        self._by_state = problem.options.metric == "state" and curvature == "gauss_newton"
 
     @cached_property
     def _formed(self) -> Tensor | None:
@@ -163,7 +166,7 @@ class ConjugateGradients:
     def __init__(self, problem: Problem, sub_batch: GramSteps | FactoredSteps):
         self.problem, self.sub_batch = problem, sub_batch
 
-    def solve(self, damping: float, stop: float = 1e-4) -> Solution | None:
+    def solve(self, damping: float, stop: float = 1e-2) -> Solution | None:
         """stop: end where rᵀP⁻¹r fell by this factor, r the residual and P the preconditioner."""
         preconditioner = self.sub_batch.preconditioner(damping)
         if preconditioner is None:

@@ -61,8 +61,8 @@ def inverse_bfgs_product(inverse: Inverse, secants: Sequence[Secant], v: Tensor)
 
 
 def lower_point(objective: Smooth, start: Point, x: Tensor, by_gradient: bool) -> Point | None:
-    """The lowest of four points along x. by_gradient: or θ + x, if rounding hides whether f falls, and ‖g‖ does."""
-    thetas = torch.stack([start.theta + a * x for a in (1.0, 3.0, 0.3, 0.1)])
+    """The lowest of three points along x. by_gradient: or θ + x, if rounding hides whether f falls, and ‖g‖ does."""
+    thetas = torch.stack([start.theta + a * x for a in (1.0, 0.3, 0.1)])
     values = objective(thetas)
     value, index = torch.where(values.isfinite(), values, torch.inf).min(0)
     slack = ROUNDING * abs(start.value)
@@ -79,7 +79,7 @@ def quasi_newton_steps(
 ) -> Point:
     """A Newton step, and L-BFGS steps that start from the factored matrix, as long as they get lower.
 
-    A step costs a gradient, a solve, and four values of f.
+    A step costs a gradient, a solve, and three values of f.
     """
     point, secants = start, list[Secant]()
     for _ in range(max_steps):
