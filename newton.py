@@ -86,9 +86,10 @@ class DampedNewton(torch.optim.Optimizer):
     exactly, as far as torch does (on CUDA ask it to). It goes on bit for bit after `load_state_dict`.
 
     The metric 'state', of Gauss–Newton steps; with the exact H, D = I. By a factorization: D = ρI + Σ SᵀS/N, with S x
-    the change of a layer's pre-activations: the state damping of hessian.py. By the Gram route: D = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) in hidden layers, ρI in the
-    output layer. Ω_ℓ measures what a change of layer ℓ's pre-activations does to all hidden ones. A_ℓ is z̃ᵀz̃/N, or with
-    fewer samples than inputs a multiple of I. π² is the ratio of their mean eigenvalues, Ω_ℓ's to A_ℓ's.
+    the change of a layer's pre-activations: the state damping of hessian.py. By the Gram route:
+    D = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) in hidden layers, ρI in the output layer. Ω_ℓ measures what a change of layer
+    ℓ's pre-activations does to all hidden ones. A_ℓ is z̃ᵀz̃/N, or with fewer samples than inputs a multiple of I. π² is
+    the ratio of their mean eigenvalues, Ω_ℓ's to A_ℓ's.
 
     Cost of a step with k samples and K = C − 1 (or C). By the Gram route: 2 (kK)² Σa operations for a matrix, and
     (kK)³/3 for each λ tried, of which there is one as a rule. By a factorization: one for each λ. For the trials: five

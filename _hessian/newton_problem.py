@@ -33,6 +33,7 @@ class Problem(Protocol):
     num_samples: int
     objective: Objective
     gradient: Tensor  # (P,) g
+    may_leave_residual: bool  # whether G may not tend to H at the minimum, as with an L2 term
     # (k, N, C) at θ (k, P), for the second-order correction of Gauss–Newton steps. It pays for the mean square loss
     logits: Callable[[Tensor], Tensor] | None
 
@@ -95,6 +96,7 @@ class ChainProblem:
         losses = ChainLosses(chain, batch, layers[0] if self.span else None, max(ranks.sizes))
         self.objective = Objective(losses, options.weight_decay, ranks)
         self.gradient = ranks.mean(_loss_gradient(layers)) + options.weight_decay * self.objective.theta
+        self.may_leave_residual = options.weight_decay > 0 or chain.loss != "cross_entropy"
         chosen = sub_batch_indices(options, self.num_samples, step)
         self.layers = sub_batch(layers, chosen, ranks)
         if chain.loss == "mse" and chosen is None:
