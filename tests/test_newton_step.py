@@ -89,6 +89,22 @@ def test_a_step_bends():
 # ------------------------------------------------------------------------------------------------ the exact Hessian
 
 
+@pytest.mark.parametrize(
+    "decay, earlier, count, exact",
+    ((0.05, 1.01, 5, True), (0.05, 1.5, 5, False), (0.05, 1.01, 4, False), (0.0, 1.01, 5, False)),
+)
+def test_the_exact_hessian_takes_over(decay, earlier, count, exact):
+    """Where f fell by less than 2 % in five steps, and Gauss–Newton promises little: there f has a residual."""
+    model, x, y = Case((6, 5), 20, inputs=4).build()
+    optimizer = DampedNewton(model, weight_decay=decay)
+    for _ in range(8):
+        optimizer.step(closure_of(model, x, y))
+    step = step_of(optimizer, closure_of(model, x, y))
+    step.state["objectives"] = [earlier * step.before] * count
+    step.run()
+    assert step.report.method == "gauss_newton" and step.report.accepted and step.state["exact"] == exact
+
+
 class Dense(NamedTuple):
     """In the place of a factorization."""
 
@@ -141,9 +157,9 @@ def test_a_round_raises_damping_until_it_is_definite():
 
 
 def test_a_round_raises_damping_until_the_objective_falls():
-    """A Newton step for √(1 + θ²) goes from 100 to −10⁶."""
+    """A Newton step for √(1 + θ²) goes from 100 to −10⁶. A λ below 1e-10 stands for 0."""
     function = Function(lambda t: (1 + t * t).sqrt().sum(), torch.tensor([100.0], dtype=torch.float64))
-    found = function.round(0.0)
+    found = function.round(1e-12)
     assert function.asked == pytest.approx([0.0, *(10.0**i for i in range(-10, -3 + 1))]) and found.damping == 1e-3
     assert found.point.value < 1.1
 
