@@ -216,9 +216,9 @@ plain_logits = ChainLosses.logits
 def poison_trials(monkeypatch, value: float | None) -> None:
     """Let the logits be `value` at all parameters but the present ones; None: undo that."""
 
-    def poisoned(self: ChainLosses, theta: Tensor) -> Tensor:
+    def poisoned(self: ChainLosses, theta: Tensor, inputs: Tensor) -> Tensor:
         moved = (theta.to(self.dtype) != self.theta.to(self.dtype)).any(1)
-        return torch.where(moved[:, None, None], value, plain_logits(self, theta))
+        return torch.where(moved[:, None, None], value, plain_logits(self, theta, inputs))
 
     monkeypatch.setattr(ChainLosses, "logits", plain_logits if value is None else poisoned)
 
