@@ -47,10 +47,10 @@ def test_conjugate_gradients_end_where_they_converged(monkeypatch):
     product = problem.product
     monkeypatch.setattr(problem, "product", lambda v: products.append(v) or product(v))
     systems = ConjugateGradients(problem, GramSteps(problem))
-    for damping, count in ((1e3, 1), (1e-3, 8)):
-        products.clear()
-        systems.solve(damping)
-        assert len(products) == count
+    systems.solve(1e3)
+    assert len(products) == 1
+    systems.solve(1e-3)
+    assert len(products) > 1 + 5
 
 
 @pytest.mark.parametrize("broken", (lambda v: v * math.nan, lambda v: -v))

@@ -90,12 +90,18 @@ def test_a_step_bends():
 
 
 @pytest.mark.parametrize(
-    "decay, earlier, count, exact",
-    ((0.05, 1.01, 5, True), (0.05, 1.5, 5, False), (0.05, 1.01, 4, False), (0.0, 1.01, 5, False)),
+    "loss, decay, earlier, count, exact",
+    (
+        ("cross_entropy", 0.05, 1.01, 5, True),
+        ("cross_entropy", 0.05, 1.5, 5, False),
+        ("cross_entropy", 0.05, 1.01, 4, False),
+        ("cross_entropy", 0.0, 1.01, 5, False),
+        ("mse", 0.0, 1.01, 5, True),
+    ),
 )
-def test_the_exact_hessian_takes_over(decay, earlier, count, exact):
-    """Where f fell by less than 2 % in five steps, and Gauss–Newton promises little: there f has a residual."""
-    model, x, y = Case((6, 5), 20, inputs=4).build()
+def test_the_exact_hessian_takes_over(loss, decay, earlier, count, exact):
+    """Where f fell by less than 2 % in five steps, and may have a minimum with a residual."""
+    model, x, y = Case((6, 5), 20, loss=loss, inputs=4).build()
     optimizer = DampedNewton(model, weight_decay=decay)
     for _ in range(8):
         optimizer.step(closure_of(model, x, y))
@@ -143,7 +149,7 @@ def waves(theta: Tensor) -> Tensor:
 
 
 def test_a_round_raises_damping_until_it_is_definite():
-    """One step with the least such λ is the best of four lengths. More steps get lower."""
+    """One step with the least such λ is the best of three lengths. More steps get lower."""
     function = Function(waves, torch.tensor([2.0, 0.5, -2.5], dtype=torch.float64))
     found = function.round(1e-4, max_steps=1)
     lowest = float(torch.linalg.eigvalsh(function.H)[0])
@@ -151,7 +157,7 @@ def test_a_round_raises_damping_until_it_is_definite():
     assert function.asked[-2] < -lowest < function.asked[-1] == found.damping == 10 * found.next_damping
     assert found.num_dampings == len(function.asked)
     x = -torch.linalg.solve(function.H + found.damping * eye(3), function.start.gradient)
-    assert found.point.value == min(waves(function.theta + a * x) for a in (0.1, 0.3, 1.0, 3.0))
+    assert found.point.value == min(waves(function.theta + a * x) for a in (0.1, 0.3, 1.0))
     more = function.round(1e-4)
     assert more.point.value < found.point.value - 0.01 and more.point.gradient_norm < 1e-6
 

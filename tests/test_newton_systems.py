@@ -36,16 +36,16 @@ from tests.oracles import (
 @pytest.mark.parametrize("metric", ("state", "parameter"))
 @pytest.mark.parametrize("batch", (3, 9, 40))
 def test_factored_steps_solve_their_system(batch, metric, curvature):
-    """(G + cI + λD) x = −g, D = I, or ρI + Σ SᵀS/N with metric='state'; no solution where that is not definite.
+    """(G + cI + λD) x = −g, where D is I, or for Gauss–Newton with metric='state' ρI + Σ SᵀS/N.
 
-    By the sweep, and with 40 samples densely.
+    No solution where that is not definite. By the sweep, and with 40 samples densely.
     """
     case, c, rho, seen = Case((6, 4, 7), batch), 0.02, 1e-2, set()
     model, x, y = case.build()
     optimizer = DampedNewton(model, metric=metric, weight_decay=c, metric_damping=rho)
     problem = problem_of(optimizer, closure_of(model, x, y))
     systems, g, one = FactoredSteps(problem, curvature), objective_gradient(model, x, y, c), eye(len(problem.gradient))
-    D = rho * one + dense_state_form(case) if metric == "state" else one
+    D = rho * one + dense_state_form(case) if (metric, curvature) == ("state", "gauss_newton") else one
     for damping in (300.0, 30.0, 0.01):
         A = dense_hessian(case, curvature) + c * one + damping * D
         definite = bool(torch.linalg.eigvalsh(A)[0] > 0)
