@@ -13,7 +13,7 @@ from torch import Tensor
 from _curvature.counts import EigenvalueCounts
 from _curvature.progress import progress
 from _curvature.samples import Model, Samples, flat, trainable
-from _hessian.quasi_newton import Point, exact_round
+from _hessian.quasi_newton import ROUNDING, Point, exact_round
 from hessian import HessianFactorization, SingularHessianError
 from newton import DampedNewton
 
@@ -126,10 +126,12 @@ class Search:
         for _ in progress(range(max_steps), "Newton"):
             if self.point.gradient_norm <= gtol:
                 return self._leave_saddle(htol)
-            found = exact_round(self, self.point, self._factorized, damping, gtol=gtol, smallest=smallest, max_steps=50)
-            self.move(self.point.theta if found is None else found.point.theta)
+            start = self.point
+            found = exact_round(self, start, self._factorized, damping, gtol=gtol, smallest=smallest, max_steps=50)
             if found is None:
-                break
+                self.move(start.theta)
+                return self._leave_saddle(htol)
+            self.move(found.point.theta)
             damping = found.next_damping
         return False
 
@@ -148,6 +150,7 @@ class Search:
             return False
         direction, point = counts.extreme(1, -1).vectors[:, 0], self.point
         thetas = (point.theta + sign * 10.0**-power * direction for power in range(6) for sign in (1, -1))
-        lower = next((theta for theta in thetas if float(self(theta[None])) < point.value), None)
+        below = point.value - ROUNDING * abs(point.value)
+        lower = next((theta for theta in thetas if float(self(theta[None])) < below), None)
         self.move(point.theta if lower is None else lower)
         return lower is not None

@@ -253,13 +253,14 @@ def test_a_minimum_of_any_network():
     raises(TypeError, "needs float64", minimize, model, lambda: model(x.float(), y, track_activations=True))
 
 
-def test_a_saddle_is_left():
-    """All weights 0 is a saddle of a network with two layers, and L-BFGS stands still there."""
+@pytest.mark.parametrize("away", (0.0, 1e-8))
+def test_a_saddle_is_left(away):
+    """All weights 0 is a saddle of a network with two layers. L-BFGS stands still there, and 1e-8 away from it."""
     model, x, y = Case((4,), 20, loss="mse").build()
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-        model.layers[-1].bias.copy_(y.mean(0))
+        model.layers[-1].bias.copy_(y.mean(0) / (1 + 1e-3 * 3 / 2) + away)
     loss = model(x, y, track_activations=True)
     at_saddle = is_minimum(model, loss, weight_decay=1e-3)
     assert at_saddle.num_negative_eigenvalues > 0
