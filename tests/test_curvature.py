@@ -12,6 +12,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from _curvature.minimum import Search
 from benchmarks.example_networks import EXAMPLES, build
 from curvature import (
     eigenpairs,
@@ -242,6 +243,19 @@ def test_a_minimum_is_certified(start):
     P = num_parameters(model)
     H = torch.from_numpy(hessian_operator(model, loss) @ np.eye(P))
     assert abs(float(torch.linalg.eigvalsh(H)[0]) + 0.02 - found.smallest_eigenvalue) <= 1e-10
+
+
+def test_the_matrix_of_a_round_is_definite():
+    """H + (w + λ)I at the start of the round, wherever f was evaluated since."""
+    model, x, y = SMALL.build()
+    H, one = dense_hessian(SMALL), torch.eye(num_parameters(model), dtype=torch.float64)
+    least = -float(torch.linalg.eigvalsh(H)[0]) - 0.02
+    search = Search(model, lambda: model(x, y, track_activations=True), 0.02)
+    assert least > 0 and search._factorized(0.9 * least) is None
+    search(search.point.theta + one[:2])
+    v, damping = search.point.gradient, 1.1 * least
+    exact = torch.linalg.solve(H + (0.02 + damping) * one, v)
+    assert relative(search._factorized(damping).solve(v) - exact, exact) <= 1e-8
 
 
 def test_a_minimum_of_any_network():
