@@ -13,7 +13,7 @@ Let f be the objective, loss + ½c‖θ‖², and g its gradient. A step is θ +
 G is the Gauss–Newton matrix JᵀΛJ. λ > 0 is the damping, D the metric, a > 0 the length. One step:
 
     repeat  solve for x; f at θ + a x for a = ¼, ½, 1, 2, 4, in one forward pass; λ ← 10 λ
-    until   one of them lowers f; take the lowest; λ ← λ/a²
+    until   one of them lowers f; take the lowest; λ ← λ/a² (λ/a where x was not solved for exactly)
 
 A step is good as long as the linearization of the network holds. In a deep network that ends when the pre-activations
 of some layer change too much. A short change of the parameters can do that, and a long one need not. So D measures the
@@ -94,7 +94,8 @@ class DampedNewton(torch.optim.Optimizer):
     Cost of a step with k samples and K = C − 1 (or C). By the Gram route: 2 (kK)² Σa operations for a matrix, and
     (kK)³/3 for each λ tried, of which there is one as a rule. By a factorization: one for each λ. For the trials: five
     forward passes on the whole batch. For each iteration of conjugate gradients: 4 forward passes, and two vectors of
-    all parameters kept. For each quasi-Newton step: a gradient, a solve, three trials. `estimate_step` tells it before.
+    all parameters kept; from step to step, one vector. For each quasi-Newton step: a gradient, a solve, three trials.
+    `estimate_step` tells it before.
 
     A wide first layer, of 2²⁰ weights or more and with four times more inputs than samples, is restricted to what a
     step can change in it. The steps are the same, except with metric='state' by the Gram route.
@@ -163,8 +164,8 @@ class DampedNewton(torch.optim.Optimizer):
         for group in self.param_groups:
             group.setdefault("cg_iterations", 0)  # a checkpoint of a version without conjugate gradients
         for p, own in self.state.items():  # that of an older version has other keys
-            new = initial_state(own["damping"])
-            self.state[p] = {name: own.get(name, value) for name, value in new.items()}
+            known = {name: own[name] for name in State.__annotations__ if name in own}
+            self.state[p] = {**initial_state(own["damping"]), **known}
 
     def add_param_group(self, param_group: dict[str, object]) -> None:
         if self.param_groups:
@@ -207,7 +208,9 @@ class DampedNewton(torch.optim.Optimizer):
         state: State = self.state[parameters[0]]
         step = NewtonStep(problem, parameters, state)
         step.run()
-        return step.report, step.converged, step.stalled, state
+        for_all = state.copy()
+        for_all.pop("last", None)  # the first rank alone needs it
+        return step.report, step.converged, step.stalled, for_all
 
     def _loss_of_no_sample(self) -> Tensor:
         """On a rank without samples: a sample that is tracked for its shapes, and weighs nothing."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from numbers import Integral
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
+
+from torch import Tensor
 
 from _hessian.argument_checks import checked_nonnegative
 
@@ -72,6 +74,7 @@ class State(TypedDict):
     hessian_damping: float  # the same for the exact Hessian
     exact: bool  # whether curvature='auto' takes the exact Hessian
     objectives: list[float]  # f before the last Gauss–Newton steps
+    last: NotRequired[Tensor]  # (P,) the last step, where conjugate gradients begin
 
 
 def initial_state(damping: float) -> State:

@@ -84,7 +84,13 @@ class NewtonStep:
         by_gram = layers is not None and prefers_gram(shapes_of_layers(layers), len(layers[0].inputs), self.options)
         systems = GramSteps(problem) if by_gram else FactoredSteps(problem, "gauss_newton")
         by_products = self.options.uses_conjugate_gradients(problem.num_samples)
-        return ConjugateGradients(problem, systems) if by_products else systems
+        return ConjugateGradients(problem, systems, self._last_step()) if by_products else systems
+
+    def _last_step(self) -> Tensor | None:
+        if "last" not in self.state:
+            return None
+        step = self.state["last"].to(self.problem.gradient)
+        return step if self.problem.span is None else self.problem.span.restrict(step)
 
     @cached_property
     def hessian(self) -> FactoredSteps:
@@ -114,7 +120,7 @@ class NewtonStep:
     def _search(self, systems: Systems) -> Trial | None:
         """The lowest f over a few lengths. λ is raised until f falls; the length sets λ for the next step.
 
-        A longer step wants a smaller λ: λ/a², or λ/a where the systems are not solved exactly.
+        A longer step wants a smaller λ: λ/a², or λ/a where the system was not solved exactly.
         """
         damping = max(self.state["damping"], SMALLEST_DAMPING)
         best: Trial | None = None
@@ -210,5 +216,8 @@ class NewtonStep:
 
     def _update(self, step: Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():
+            if self.options.uses_conjugate_gradients(self.problem.num_samples):
+                # in the parameters' dtype, as load_state_dict would leave it
+                self.state["last"] = step.to(self.parameters[0], copy=True)
             for p, piece in zip(self.parameters, step.split([p.numel() for p in self.parameters]), strict=True):
                 p.copy_(p + piece.view_as(p))  # the sum in float64

@@ -68,10 +68,11 @@ def estimate_step_cost(chain: Chain, options: Options, batch_size: int, num_damp
     own = -(-N // ranks)  # samples
     shared = 2 * own * P * (half + 3)  # the closure's forward pass; then forward, backward and gradient in float64
     alone, sent, gathered = 0.0, 8 * half * P, options.curvature_samples(N)  # sent at least: the new weights
-    kept_vectors, update_vectors = 2.0, 3.0  # of P numbers in float64
+    kept_vectors, update_vectors = 3.0, 3.0  # of P numbers in float64
     if is_wide(N, d, a):
-        # kept: the model, the tracked weights, and U; update: the step, and the sum of a weight and its step in float64
-        kept_vectors, update_vectors = 2 * half + 1, 1 + (2 if single else 1)
+        # kept: the model, the tracked weights, the last step, and U
+        # update: the step, and the sum of a weight and its step in float64
+        kept_vectors, update_vectors = 3 * half + 1, 1 + (2 if single else 1)
         shapes = (shapes[0]._replace(width=N + 1, d=N + 1), *shapes[1:])
         alone += 4 * d * N**2 + 4 * N * d * a  # the span's basis, and two products with it
         shared += 2 * own * (N + 1) * a  # the gradient in it
