@@ -192,8 +192,10 @@ class ConjugateGradients:
                 self.exponent = 2
                 break
             if not (squared_norms[-1] > 0 and descent.minimize_along(d)):
+                if len(squared_norms) == 1:  # the preconditioner is not positive definite by rounding
+                    return None
                 break
-        return Solution(descent.x) if len(squared_norms) > 1 or self.exponent == 2 else None
+        return Solution(descent.x)
 
 
 class ConjugateDirections:

@@ -46,11 +46,27 @@ def test_conjugate_gradients_end_where_they_converged(monkeypatch):
     problem, products = problem_of(DampedNewton(model, curvature_batch=60), closure_of(model, x, y)), []
     product = problem.product
     monkeypatch.setattr(problem, "product", lambda v: products.append(v) or product(v))
-    systems = ConjugateGradients(problem, GramSteps(problem))
+    systems = ConjugateGradients(problem, GramSteps(problem), None)
     systems.solve(1e3)
-    assert len(products) == 1
+    assert len(products) == 1 and systems.exponent == 2
     systems.solve(1e-3)
     assert len(products) > 1 + 5
+    few = problem_of(DampedNewton(model, curvature_batch=4, cg_iterations=2), closure_of(model, x, y))
+    systems = ConjugateGradients(few, GramSteps(few), None)
+    systems.solve(1e-6)
+    assert systems.exponent == 1  # two iterations did not solve it
+
+
+@pytest.mark.parametrize("iterations", (2, 3))
+def test_conjugate_gradients_begin_along_the_last_step(iterations):
+    """With the solution as first direction, nothing is left. It replaces an iteration, but not one of two."""
+    model, x, y = Case((8, 8, 8), 120, inputs=6, classes=5).build()
+    options = dict(curvature_batch=30, cg_iterations=40)
+    exact = problem_of(DampedNewton(model, **options), closure_of(model, x, y))
+    solution = ConjugateGradients(exact, GramSteps(exact), None).solve(0.3, stop=1e-24).x
+    few = problem_of(DampedNewton(model, **options | {"cg_iterations": iterations}), closure_of(model, x, y))
+    found = ConjugateGradients(few, GramSteps(few), 7.0 * solution).solve(0.3).x
+    assert torch.allclose(found, solution, rtol=1e-8) == (iterations == 3)
 
 
 @pytest.mark.parametrize("broken", (lambda v: v * math.nan, lambda v: -v))

@@ -115,7 +115,7 @@ def test_conjugate_gradients_solve_with_the_curvature_of_the_whole_batch(case, s
         with torch.inference_mode():
             problem = problem_of(optimizer, closure_of(model, x, y))
             sub_batch = GramSteps(problem) if route == "gram" else FactoredSteps(problem, "gauss_newton")
-            found = ConjugateGradients(problem, sub_batch).solve(damping, stop=1e-24).x
+            found = ConjugateGradients(problem, sub_batch, None).solve(damping, stop=1e-24).x
             preconditioner, one = sub_batch.preconditioner(damping), eye(len(found))
             inverse = torch.stack([preconditioner.inverse(e) for e in one], 1)
             metric_matrix = torch.stack([preconditioner.metric(e) for e in one], 1)
