@@ -188,7 +188,7 @@ class ConjugateGradients:
         for _ in range(count):
             d = inverse(descent.residual)
             squared_norms.append(float(descent.residual @ d))
-            if squared_norms[-1] <= stop * squared_norms[0]:
+            if 0 <= squared_norms[-1] <= stop * squared_norms[0]:
                 self.exponent = 2
                 break
             if not (squared_norms[-1] > 0 and descent.minimize_along(d)):
