@@ -70,12 +70,20 @@ class Affine(Rounding):
         if not self.is_convolution:
             z = z if self.z is None else self.z.flatten(z[None])[0]
             return z.reshape(1, -1, self.weight.shape[1])
-        columns = self._unfolded(z)  # (N, C·kernel, T)
-        return columns.unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+        return self._windows(z[None])[0]
 
-    def _unfolded(self, z: Tensor) -> Tensor:
+    def _windows(self, z: Tensor) -> Tensor:
+        """What the outputs of a convolution see of z (k, N, C, …): (k, G, N T, width), by one copy."""
         z = z.unsqueeze(-2) if isinstance(self.module, nn.Conv1d) else z
-        return F.unfold(z, *_window(self.module))
+        kernel, dilation, (top, left), stride = _window(self.module)
+        z = F.pad(z, (left, left, top, top)).unflatten(2, (self.groups, -1))  # (k, N, G, C/G, height, width)
+        (k, N, G, C), (row, column) = z.shape[:4], z.stride()[4:]
+        places = [
+            (n - d * (m - 1) - 1) // s + 1 for n, m, d, s in zip(z.shape[4:], kernel, dilation, stride, strict=True)
+        ]
+        steps = (row * stride[0], column * stride[1], row * dilation[0], column * dilation[1])
+        seen = z.as_strided((k, N, G, C, *places, *kernel), (*z.stride()[:4], *steps))
+        return seen.permute(0, 2, 1, 4, 5, 3, 6, 7).reshape(k, G, N * places[0] * places[1], -1)
 
     def to_rows(self, p: Tensor) -> Tensor:
         """Of the output (k, n_o): (k, G, N T, a)."""
@@ -105,8 +113,7 @@ class Affine(Rounding):
         assert self.z is not None
         if not self.is_convolution:
             return t.unflatten(1, (1, -1, self.weights.shape[2]))
-        columns = self._unfolded(self.z.unflatten(t).flatten(0, 1)).unflatten(0, (len(t), -1))  # (k, N, C·kernel, T)
-        return columns.unflatten(2, (self.groups, -1)).permute(0, 2, 1, 4, 3).flatten(2, 3)
+        return self._windows(self.z.unflatten(t))
 
     # the protocol
 
@@ -149,7 +156,9 @@ class Affine(Rounding):
     def push_forward(self, tangents: Sequence[Tensor]) -> Tensor:
         rest, rows = list(tangents), []
         if self.z is not None:
-            rows.append(self.unfold_tangent(rest.pop(0)) @ self.weights.mT)
+            t = rest.pop(0)
+            parts = t.split(max(1, 2**18 // self.rows.numel()))  # unfolded, a part stays in the cache
+            rows.append(torch.cat([self.unfold_tangent(part) @ self.weights.mT for part in parts]))
         weight, bias = self.live
         if weight is not None:
             rows.append(self.rows @ self._weight_tangent(rest.pop(0)).mT)

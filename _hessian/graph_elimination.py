@@ -345,7 +345,7 @@ class GraphSweep:
                     _add(p, value, part)
             if isinstance(operation, Affine) and operation.own is not None:
                 V = operation.block([pieces[name] for name in operation.parameters])  # (k, G, a, d)
-                pieces[operation.own.name], free = _split_right_hand_side(operation, V)
+                pieces[operation.own.name], free = split_right_hand_side(operation, V)
                 outside[operation.own] = free
                 if free is not None and operation.couples and operation.z is not None:
                     pull = operation.fold(operation.adjoint @ free[..., : operation.width])
@@ -376,7 +376,7 @@ def _add(p: dict[Value, Tensor], value: Value, part: Tensor) -> None:
     p[value] = p[value] + part if value in p else part
 
 
-def _split_right_hand_side(operation: Affine, V: Tensor) -> tuple[Tensor, Tensor | None]:
+def split_right_hand_side(operation: Affine, V: Tensor) -> tuple[Tensor, Tensor | None]:
     """For V (k, G, a, d): (V Q)ᵀ as (k, m), and V⊥ (k, G, a, d) or None for 0."""
     if operation.Q is None:
         return V.mT.flatten(1), None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from html import escape
 from typing import NamedTuple
 
@@ -17,13 +16,15 @@ from _hessian.affine_operation import Affine
 from _hessian.argument_checks import as_one_batch, check_loss, check_tracked
 from _hessian.costs import RouteCost, factor_operations, free_bytes
 from _hessian.data_sets import DataSet, TracksLosses
-from _hessian.dense import dense_matrix, factor_dense
+from _hessian.dense import check_product, dense_matrix, factor_dense
 from _hessian.factorization import Factor
 from _hessian.general_operation import ClosedForms, check_closed_forms
 from _hessian.graph import Builder
 from _hessian.graph_costs import checkpoint_starts, step_costs, sweep_cost
 from _hessian.graph_elimination import GraphSweep, Program
+from _hessian.graph_tangents import TANGENT_BYTES, gauss_newton_and_state_matrix, tangent_cost
 from _hessian.layers import Damping, TrackedBatch, TrackedDataSet
+from _hessian.losses import accurate_loss
 from _hessian.operations import Operation
 from _hessian.program import Products, StateProducts, make_program
 from _hessian.settings import Settings, dampings
@@ -50,6 +51,8 @@ class TrackedNetwork(TracksLosses):
 
     `model(x)` is `net(x)`; `model(x, y)` the loss; `model(x, y, track_activations=True)` the same loss, tracked.
     """
+
+    _accurate = False  # whether a tiny cross-entropy and its derivatives keep their digits
 
     def __init__(
         self,
@@ -106,7 +109,15 @@ class TrackedNetwork(TracksLosses):
         if self.loss == "binary_cross_entropy":
             return F.binary_cross_entropy_with_logits(outputs, targets)
         if self.loss == "cross_entropy":
-            return F.cross_entropy(outputs.movedim(self._class_dim(outputs, targets), 1), targets)
+            logits = outputs.movedim(self._class_dim(outputs, targets), -1)
+            if (
+                self._accurate
+                and not targets.is_floating_point()
+                and logits.shape[-1] > 1
+                and bool((targets >= 0).all())
+            ):
+                return accurate_loss("cross_entropy", logits.flatten(0, -2)[None], targets.flatten())[0]
+            return F.cross_entropy(logits.movedim(-1, 1), targets)
         if isinstance(self.loss, nn.Module):
             return self.loss(outputs, targets)
         assert not isinstance(self.loss, str)
@@ -158,6 +169,7 @@ class _Kept:
     builder: Builder | None = None
     products: Products | None = None
     states: StateProducts | None = None
+    matrices: tuple[Tensor, Tensor] | None = None  # H and Σ SᵀS/N, where they are needed for many μ
 
 
 class Network(NamedTuple):
@@ -221,17 +233,47 @@ class Network(NamedTuple):
         return self.kept.states(v) / len(self.inputs[0])
 
     def dense(self) -> Tensor:
-        """H (P, P). With few samples, columns are made together under vmap, as long as H is then that of a product."""
-        like = torch.empty(0, dtype=torch.float64, device=self.device)
-        form = partial(dense_matrix, like=like, num_parameters=self.num_parameters)
+        """H (P, P), with (μ/N) Σ SᵀS."""
+        if not self.state_damping:
+            matrices = self._by_tangents() if self.gauss_newton else None
+            return self._by_products() if matrices is None else matrices[0]
+        if self.kept.matrices is None:
+            plain, matrices = self._replace(state_damping=0.0), self._by_tangents()
+            states = self._by_columns(self.state_product, 64) if matrices is None else matrices[1]
+            H = plain._by_products() if matrices is None or not self.gauss_newton else matrices[0]
+            self.kept.matrices = H, states
+        H, states = self.kept.matrices
+        return torch.add(H, states, alpha=self.state_damping)
+
+    def _by_tangents(self) -> tuple[Tensor, Tensor] | None:
+        """JᵀΛJ and Σ SᵀS/N, each checked by a product. None where memory is short or torch is wrong."""
+        try:
+            if not self._has_tangents:
+                return None
+            G, states = gauss_newton_and_state_matrix(self.program, self.state_damping != 0)
+            states /= len(self.inputs[0])
+            if self.gauss_newton:
+                check_product(G, self._products())
+            if self.state_damping:
+                check_product(states, self.state_product)
+            return G, states
+        except (ArithmeticError, RuntimeError):
+            return None
+
+    def _by_products(self) -> Tensor:
+        """With few samples, columns are made together under vmap, as long as H is then that of a product."""
         columns = 512 // len(self.inputs[0])  # more samples fill the processor by themselves
-        if columns > 1 and not self.state_damping:
+        if columns > 1:
             products = self._products()
             try:
-                return form(lambda v: products.together(v) if v.shape[1] > 1 else products(v), columns=columns)
+                return self._by_columns(lambda v: products.together(v) if v.shape[1] > 1 else products(v), columns)
             except (ArithmeticError, RuntimeError):  # torch's vmap has a wrong derivative, or none
                 pass
-        return form(self.product, columns=64)
+        return self._by_columns(self.product, 64)
+
+    def _by_columns(self, product: Callable[[Tensor], Tensor], columns: int) -> Tensor:
+        like = torch.empty(0, dtype=torch.float64, device=self.device)
+        return dense_matrix(product, like, self.num_parameters, columns)
 
     def damping_vector(self, damping: Damping) -> Tensor:
         sizes = torch.tensor(list(self.parameters.values()), device=self.device)
@@ -240,15 +282,27 @@ class Network(NamedTuple):
 
     def costs(self, settings: Settings) -> dict[str, RouteCost]:
         """Operations and bytes of each route, from the sizes of the operations."""
-        P = self.num_parameters
-        product = 12 * sum(x.pull_back_cost for x in self.program.operations)
+        P, tangents = self.num_parameters, tangent_cost(self.program, self.state_damping != 0)
+        products = 12 * P * sum(x.pull_back_cost for x in self.program.operations)
+        if self._has_tangents:
+            forming = tangents.operations + (0 if self.gauss_newton else products)
+        else:
+            forming = products * (1 + len(self.program.operations) if self.state_damping else 1)
         return {
             "sweep": sweep_cost(self.program, settings),
-            "dense": RouteCost(P * product + factor_operations(P), 2 * P * P, self._dense_bytes()),
+            "dense": RouteCost(forming + factor_operations(P), 2 * P * P, self._dense_bytes()),
         }
 
+    @property
+    def _has_tangents(self) -> bool:
+        """Whether a part of the dense matrix is formed by tangents: it has such a part, and the memory suffices."""
+        needed = self.gauss_newton or self.state_damping != 0
+        return needed and tangent_cost(self.program, False).bytes <= TANGENT_BYTES
+
     def _dense_bytes(self) -> float:
-        return 24 * self.num_parameters**2  # H, its factor, and temporaries
+        matrices = 5 if self.state_damping else 3  # H, Σ SᵀS, their sum, its factor, and temporaries
+        tangents = tangent_cost(self.program, False).bytes if self._has_tangents else 0
+        return 8 * matrices * self.num_parameters**2 + tangents
 
     def choose_route(self, settings: Settings, *, formed: bool, may_mix: bool) -> str:
         route = settings.route
@@ -261,8 +315,9 @@ class Network(NamedTuple):
         if settings.checkpoint_layers or settings.keep == "disk":
             route = "sweep"
         elif route == "auto":
-            costs = self.costs(settings)
-            route = min(costs, key=lambda name: costs[name].operations)
+            # a matrix by tangents is made of large products: 4 to 13 times as many a second as in a sweep
+            rates = {"sweep": 1.0, "dense": 6.0 if self.gauss_newton and self._has_tangents else 1.0}
+            route = min(costs := self.costs(settings), key=lambda name: costs[name].operations / rates[name])
         dense = self._dense_bytes() / (2 if formed else 1)
         needed = dense if route == "dense" else sweep_cost(self.program, settings).bytes
         free = free_bytes(self.device)
@@ -318,12 +373,14 @@ class NetworkAtBatch(NamedTuple):
     copied: TrackedNetwork
     traced: Traced
     batch: TrackedBatch[tuple[Tensor, ...]]
+    scale: float = 1.0  # of the loss
 
     def of_samples(self, index: Tensor) -> NetworkAtBatch:
-        """The same network at some samples of the batch, (k,) indices."""
+        """The same network at some samples of the batch, (k,) indices. A loss that is a sum is scaled by N/k."""
         inputs = tuple(x[index] for x in self.batch.inputs)
         batch = self.batch._replace(inputs=inputs, targets=self.batch.targets[index])
-        return self._replace(traced=_trace(self.copied, inputs), batch=batch)
+        is_sum = getattr(self.copied.loss, "reduction", "mean") == "sum"
+        return self._replace(batch=batch, scale=len(self.batch.inputs[0]) / len(index) if is_sum else 1.0)
 
     def system(self, curvature: str, state_damping: float = 0.0) -> Network:
         parameters = {name: p.numel() for name, p in self.copied.net.named_parameters() if p.requires_grad}
@@ -334,7 +391,7 @@ class NetworkAtBatch(NamedTuple):
             self.traced,
             self.batch.inputs,
             parameters,
-            lambda outputs: self.copied.loss_value(outputs, self.batch.targets),
+            lambda outputs: self.scale * self.copied.loss_value(outputs, self.batch.targets),
             curvature == "gauss_newton",
             state_damping,
             self.copied.closed_forms,
@@ -397,7 +454,9 @@ def operations_of(model: TrackedNetwork) -> tuple[Operation, ...]:
 def _in_float64(model: TrackedNetwork) -> TrackedNetwork:
     loss = copy.deepcopy(model.loss).double() if isinstance(model.loss, nn.Module) else model.loss
     net = copy.deepcopy(model.net).double()
-    return TrackedNetwork(net, loss, class_dim=model.class_dim, closed_forms=model.closed_forms)
+    copied = TrackedNetwork(net, loss, class_dim=model.class_dim, closed_forms=model.closed_forms)
+    copied._accurate = True
+    return copied
 
 
 def _batch_in_float64(

@@ -129,11 +129,12 @@ class NetworkProblem:
     span, layers = None, None
 
     def __init__(self, model: TrackedNetwork, at_batch: NetworkAtBatch, options: Options, step: int):
-        self.options, self.ranks, self.num_samples = options, Ranks(), len(at_batch.batch.targets)
+        self.options, self.ranks, self.num_samples = options, Ranks(), len(at_batch.batch.inputs[0])
+        in_float64 = Objective(NetworkLosses(at_batch.copied, at_batch.batch), options.weight_decay)
         tracked = model._tracked
         assert isinstance(tracked, TrackedBatch), "checked with the loss"
-        self.objective = Objective(NetworkLosses(model, tracked), options.weight_decay)
-        in_float64 = Objective(NetworkLosses(at_batch.copied, at_batch.batch), options.weight_decay)
+        in_own_dtype = Objective(NetworkLosses(model, tracked), options.weight_decay)
+        self.objective = in_float64 if in_own_dtype.dtype == torch.float64 else in_own_dtype
         self.gradient = in_float64.gradient(self.objective.theta)
         chosen = sub_batch_indices(options, self.num_samples, step)
         self._sub_batch = at_batch if chosen is None else at_batch.of_samples(chosen.to(self.gradient.device))

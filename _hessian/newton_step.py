@@ -194,7 +194,7 @@ class NewtonStep:
         system, g = self.problem.system("hessian"), self.problem.gradient
         try:  # a rough step is enough, and where the negative curvature is weak no better one can be proved
             found = solve_trust_region(system, g, 1.0, self.options.weight_decay, rtol=0.1)
-        except SingularHessianError:  # the point is too nearly semidefinite for float64
+        except (SingularHessianError, ArithmeticError):  # the point is too nearly semidefinite for float64
             return None
         lengths = [sign * 10 ** (-0.5 * power) for power in range(9) for sign in (1.0, -1.0)]
         return self._lowest([(((a, found.step),), found.damping, a) for a in lengths])

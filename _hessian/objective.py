@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from _hessian.layers import LayerDerivatives, TrackedBatch
+from _hessian.losses import accurate_loss
 from _hessian.network import TrackedNetwork
 from _hessian.ranks import Ranks
 
@@ -131,20 +130,3 @@ class NetworkLosses(Losses):
         pieces = theta.split([shape.numel() for shape in self._shapes])
         parameters = {n: p.view(s) for n, p, s in zip(self._names, pieces, self._shapes, strict=True)}
         return torch.func.functional_call(self.model, parameters, (self.batch.inputs, self.batch.targets))
-
-
-def accurate_loss(loss: str, logits: Tensor, targets: Tensor) -> Tensor:
-    """The loss (k,) of logits (k, N, C); NaN where they overflow.
-
-    With class indices a tiny loss keeps all its digits: log(1 + Σ_{c≠y} exp(h_c − h_y)) cancels nothing, unlike
-    log Σ exp(h_c) − h_y.
-    """
-    logits = torch.where(logits.isfinite().all(-1, keepdim=True), logits, math.nan)  # an infinite h_y is no good fit
-    if loss == "mse":
-        return (logits - targets.double()).square().mean((1, 2))
-    if targets.is_floating_point():
-        return -(targets.double() * F.log_softmax(logits, -1)).sum(-1).mean(-1)
-    target = targets.expand(logits.shape[:2])[..., None]
-    others = (logits - logits.gather(-1, target)).scatter(-1, target, -math.inf)
-    rest = torch.logsumexp(others, -1)
-    return torch.logaddexp(rest, torch.zeros_like(rest)).mean(-1)

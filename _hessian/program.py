@@ -81,7 +81,7 @@ class Products:
 
     def __call__(self, v: Tensor) -> Tensor:
         """For v (P, k)."""
-        return torch.stack([self._one(column) for column in v.mT], 1)
+        return torch.stack([self._one(column) for column in v.mT], 1) if v.shape[1] else v
 
     def together(self, v: Tensor) -> Tensor:
         """The same under vmap, where torch has derivatives that are wrong: to be checked."""

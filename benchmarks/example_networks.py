@@ -227,6 +227,21 @@ def lenet() -> nn.Module:
     )
 
 
+def lenet_of_digits() -> nn.Module:
+    """Smooth, on 8 × 8 pixels."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(4, 8, 2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(32, 16),
+        nn.Tanh(),
+        nn.Linear(16, 10),
+    )
+
+
 def lenet5() -> nn.Module:
     """LeCun et al. 1998, on images of 28 × 28 pixels."""
     return nn.Sequential(

@@ -5,7 +5,7 @@
                dense Hessian where it fits. Each row is a process of its own
     peers      a GPT at several ε, from two kinds of initial weights, beside MINRES, CG and curvlinops' CG
     landscape  the eigenvalue counts and log|det| of a GPT and a ResNet along their training by Adam
-    training   seconds to a loss: Adam against damped Gauss–Newton steps by `factorize_hessian`
+    training   seconds to three training losses: Adam against `DampedNewton` with both metrics
 
 `blocks` takes the size of the network and the options of `factorize_hessian`. Without --width it takes a narrow and a
 wide network. A unit is one 1000 × 1000 float64 matrix product in the same process.

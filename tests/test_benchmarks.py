@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from itertools import groupby
+from itertools import groupby, islice
 
 import pytest
 import scipy.sparse.linalg
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import benchmark
 from benchmarks.iterative import cg_to_rtol, curvlinops_product, minres_to_rtol
-from benchmarks.landscape import DAMPINGS, gauss_newton_steps, point, seconds_to_targets, text_windows
+from benchmarks.landscape import DAMPINGS, newton_steps, point, text_windows, timed
 from benchmarks.landscape import tasks as landscape_tasks
 from benchmarks.memory import Case
 from benchmarks.networks import gpt_problem, largest_state
@@ -168,12 +168,14 @@ def test_points_of_the_landscape_are_those_of_eigenvalues():
 
 
 def test_seconds_to_targets_are_of_the_first_losses_below_them():
-    first, second, third = seconds_to_targets(iter((2.0, 0.25, 0.5, 0.009, math.nan)), 60)
-    assert first == second < third
-    assert seconds_to_targets(iter((2.0, 0.5, 0.4)), 60)[1:] == [None, None]
-    model, data = landscape_tasks(True, 0, 0, 0, 0)[1].start()
-    losses = [loss for loss, _ in zip(gauss_newton_steps(model, data), range(4), strict=False)]
-    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    run = timed(iter((2.0, 0.05, 0.5, 1e-7, math.nan)), 60)
+    first, second, third = run.to_targets
+    assert first < second == third == run.rank[0] and run.steps == 3 and run.loss == 1e-7
+    missed = timed(iter((2.0, 0.05, 0.04)), 60)
+    assert missed.to_targets[1:] == [None, None] and run.rank < missed.rank
+    for metric in ("parameter", "state"):
+        losses = list(islice(newton_steps(*landscape_tasks(True, 0, 0, 0, 0)[1].start(), metric), 4))
+        assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
 
 
 def test_text_is_shifted_by_a_character():
