@@ -166,7 +166,7 @@ def test_conjugate_gradients_with_a_sub_batch(metric):
     model, x, y = model_of("lenet")
     optimizer = DampedNewton(model, metric=metric, metric_damping=0.3, curvature_batch=4, cg_iterations=80)
     problem = problem_of(optimizer, closure_of(model, x, y))
-    systems = ConjugateGradients(problem, FactoredSteps(problem, "gauss_newton"))
+    systems = ConjugateGradients(problem, FactoredSteps(problem, "gauss_newton"), None)
     solution = systems.solve(0.5, stop=1e-26)
     chosen = [i for i in range(6) if any(torch.equal(x[i], z) for z in problem._sub_batch.batch.inputs[0])]
     assert len(chosen) == 4
