@@ -244,7 +244,8 @@ PUBLIC = {
     },
     "newton": {
         "DampedNewton": "model, *, curvature='auto', metric='auto', route='auto', curvature_batch=None, "
-        "cg_iterations=8, weight_decay=0.0, damping=1.0, metric_damping=None, gtol=1e-12, htol=1e-08, seed=0, group=None",
+        "cg_iterations=8, weight_decay=0.0, damping=1.0, metric_damping=None, gtol=1e-12, htol=1e-08, seed=0, "
+        "group=None",
         "StepCost": "route, num_dampings, operations, traffic, bytes, alone, sent",
         "StepReport": "method, accepted, objective, new_objective, gradient_norm, damping, length, num_trials, "
         "certified",
