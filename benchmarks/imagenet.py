@@ -1,8 +1,10 @@
-"""Measure train_imagenet.py: python3 benchmark.py imagenet {throughput,steps,compare} [--out-dir …] [--quick]
+"""Measure train_imagenet.py: python3 benchmark.py imagenet {throughput,steps,compare,ranks,scale} [--quick]
 
     throughput  images/s of the baseline's loop against a bare loop in plain PyTorch, and of decoding alone
     steps       seconds and bytes of a Hessian step at the shape of ImageNet, and what was estimated before it
     compare     --use-hessian against the baseline at equal seconds: 4,000 digits of MNIST in ImageFolder layout
+    ranks       seconds of a Hessian step on two ranks with one thread each, against one; on the wall
+    scale       what a step costs on 1 to 512 GPUs, by the estimate
 
 Seconds are those of the processor, on one thread and without workers: a shared machine slows the clock on the wall.
 
@@ -37,6 +39,7 @@ from torchvision.transforms import v2
 
 from benchmarks.problems import mnist_digits
 from benchmarks.processes import in_process, resident_bytes
+from benchmarks.ranks import ranks, scale
 from benchmarks.report import markdown_row, table, write_table
 from hessian import DeepMLPWithTracking
 from imagenet.checkpoints import read_checkpoint
@@ -314,7 +317,7 @@ def compare(quick: bool, folder: Path) -> list[str]:
     ]
 
 
-COMMANDS = {"throughput": throughput, "steps": steps, "compare": compare}
+COMMANDS = {"throughput": throughput, "steps": steps, "compare": compare, "ranks": ranks, "scale": scale}
 
 
 def main(argv: list[str]) -> None:

@@ -1,0 +1,121 @@
+"""Several ranks: seconds of a Hessian step on two cores, and on paper on many GPUs."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from benchmarks.report import markdown_row, table
+from hessian import DeepMLPWithTracking
+from newton import DampedNewton
+
+
+class RankShape(NamedTuple):
+    name: str
+    inputs: int
+    width: int
+    classes: int
+    layers: int
+    batch: int
+    sub_batch: int
+
+
+SHAPES = (
+    RankShape("products", 1024, 256, 10, 6, 4096, 8),
+    RankShape("solves", 1024, 128, 100, 12, 64, 32),
+)
+QUICK_SHAPES = (RankShape("products", 16, 8, 3, 3, 64, 4),)
+REPEATS = 5
+
+
+def measure_rank(rank: int, ranks: int, shape: RankShape, folder: str) -> None:
+    """Steps from one start, each rank with its share; the first rank writes their seconds and the new loss."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    group = None
+    if ranks > 1:
+        dist.init_process_group("gloo", f"file://{folder}/store{shape.name}", rank=rank, world_size=ranks)
+        group = dist.group.WORLD
+    torch.manual_seed(0)
+    model = DeepMLPWithTracking(shape.inputs, shape.width, shape.classes, shape.layers - 1)
+    x, y = torch.randn(shape.batch, shape.inputs), torch.randint(shape.classes, (shape.batch,))
+    x, y = (part.tensor_split(ranks)[rank] for part in (x, y))
+    start, seconds = [p.detach().clone() for p in model.parameters()], []
+    for _ in range(REPEATS):
+        with torch.no_grad():
+            for p, value in zip(model.parameters(), start, strict=True):
+                p.copy_(value)
+        optimizer = DampedNewton(model, curvature="gauss_newton", curvature_batch=shape.sub_batch, group=group)
+        if group is not None:
+            dist.barrier()
+        began = time.perf_counter()
+        optimizer.step(lambda: model(x, y, track_activations=True))
+        seconds.append(time.perf_counter() - began)
+    assert optimizer.report is not None
+    if rank == 0:
+        result = [min(seconds), optimizer.report.new_objective]
+        (Path(folder) / f"{shape.name}{ranks}.json").write_text(json.dumps(result))
+    if group is not None:
+        dist.destroy_process_group()
+
+
+def ranks(quick: bool, folder: Path) -> list[str]:
+    """Two ranks with one thread each against one process with one thread."""
+    rows = []
+    for shape in QUICK_SHAPES if quick else SHAPES:
+        found = []
+        for count in (1, 2):
+            multiprocessing.spawn(measure_rank, (count, shape, str(folder)), count)
+            found.append(json.loads((folder / f"{shape.name}{count}.json").read_text()))
+        (one, loss), (two, same) = found
+        size = f"{shape.layers} × {shape.width}, {shape.inputs} inputs, {shape.classes} classes"
+        gap = f"{abs(same - loss) / loss:.0e}"
+        rows.append([shape.name, size, shape.batch, shape.sub_batch, one, two, f"{two / one:.2f}", gap])
+        print(markdown_row(rows[-1]), flush=True)
+    header = ["most of it is", "network", "N", "sub-batch", "one rank, s", "two ranks, s", "ratio", "loss differs by"]
+    return [
+        *table(header, rows),
+        "",
+        f"float32, 8 conjugate gradients, gloo, one thread a rank. The least of {REPEATS} steps from one start.",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- on paper
+
+OPERATIONS, MEMORY, LINK = 3e13, 3e12, 5e10  # a second, of a GPU: float64 operations, bytes of memory, bytes of a link
+GPUS = (1, 8, 64, 512)
+
+
+def scale(quick: bool, folder: Path) -> list[str]:
+    """20 × 256 with 1,000 classes and a sub-batch of 16, at stated rates."""
+    rows = []
+    for inputs in (3 * 224**2, 64**2):
+        with torch.device("meta"):
+            model = DeepMLPWithTracking(inputs, 256, 1000, 19)
+        optimizer = DampedNewton(model, curvature="gauss_newton", curvature_batch=16, weight_decay=1e-4)
+        for batch in (64, 256, 1024, 4096, 16384):
+            costs = [optimizer.estimate_step(batch, ranks=count) for count in GPUS]
+            one, last = costs[0], costs[-1]
+            sending = last.sent / LINK
+            seconds = [c.seconds(OPERATIONS, MEMORY) + c.sent / LINK for c in costs]
+            shared = (one.operations - one.alone) / OPERATIONS
+            rest = one.seconds(OPERATIONS, MEMORY) - shared + sending
+            figures = [one.operations - one.alone, one.alone, last.sent]
+            shares = [f"{sending / seconds[-1]:.0%}", f"{shared / rest:.2g}"]
+            cells = [f"{x:.2g}" for x in figures] + [f"{x:.3g}" for x in seconds] + shares
+            rows.append([inputs, batch, *cells])
+    header = ["inputs", "N", "operations, shared", "not shared", "bytes sent"]
+    header += [f"{count} GPU{'s' * (count > 1)}, s" for count in GPUS] + ["sending, of 512", "pays up to"]
+    return [
+        *table(header, rows),
+        "",
+        f"At {OPERATIONS:.0e} float64 operations/s, {MEMORY:.0e} bytes/s of memory and {LINK:.0e} bytes/s of a link. "
+        "A message to or from all counts once, without latency. 'Pays up to': so many GPUs take as long for what "
+        "they share as the first one for the rest.",
+    ]
