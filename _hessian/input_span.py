@@ -14,8 +14,11 @@ WIDE_LAYER = 2**20  # weights of a first layer that is worth restricting
 
 
 def is_wide(num_samples: int, num_inputs: int, num_units: int) -> bool:
-    """Whether a first layer is restricted to the span of the samples."""
-    return num_units * num_inputs >= WIDE_LAYER and num_inputs >= 4 * (num_samples + 1)
+    """Whether a first layer is restricted to the span of the samples.
+
+    With more than 8 samples a unit the basis takes more operations than the products that it makes smaller.
+    """
+    return num_units * num_inputs >= WIDE_LAYER and 4 * (num_samples + 1) <= min(num_inputs, 32 * num_units)
 
 
 class InputSpan(NamedTuple):
