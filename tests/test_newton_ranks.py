@@ -114,7 +114,9 @@ def test_ranks_take_the_step_of_one_process_with_the_same_bits(tmp_path, sizes):
     for training, *found in zip(TRAININGS, *of_ranks, strict=True):
         for other in found[1:]:
             assert all(torch.equal(a.parameters, b.parameters) for a, b in zip(found[0], other, strict=True)), training
-            assert repr(found[0][-1]) == repr(other[-1])
+            first, second = (x[-1].optimizer["state"][0] for x in (found[0], other))
+            assert repr(found[0][-1].report) == repr(other[-1].report)
+            assert {name: first[name] for name in first if name != "last"} == second  # the first one's alone
         tolerance = training.tolerance if training.dtype == torch.float64 else 1e-6
         one = train(training, slice(None), None, found[0])
         for ours, expected in zip(found[0], one, strict=True):
