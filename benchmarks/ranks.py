@@ -27,15 +27,15 @@ class RankShape(NamedTuple):
 
 
 SHAPES = (
-    RankShape("products", 1024, 256, 10, 6, 4096, 8),
+    RankShape("products", 1024, 256, 10, 6, 16384, 8),
     RankShape("solves", 1024, 128, 100, 12, 64, 32),
 )
 QUICK_SHAPES = (RankShape("products", 16, 8, 3, 3, 64, 4),)
-REPEATS = 5
+REPEATS = 3
 
 
 def measure_rank(rank: int, ranks: int, shape: RankShape, folder: str) -> None:
-    """Steps from one start, each rank with its share; the first rank writes their seconds and the new loss."""
+    """Steps from one start, each rank with its share. Writes their seconds, the processor's, and the new loss."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     group = None
@@ -46,7 +46,7 @@ def measure_rank(rank: int, ranks: int, shape: RankShape, folder: str) -> None:
     model = DeepMLPWithTracking(shape.inputs, shape.width, shape.classes, shape.layers - 1)
     x, y = torch.randn(shape.batch, shape.inputs), torch.randint(shape.classes, (shape.batch,))
     x, y = (part.tensor_split(ranks)[rank] for part in (x, y))
-    start, seconds = [p.detach().clone() for p in model.parameters()], []
+    start, seconds, busy = [p.detach().clone() for p in model.parameters()], [], []
     for _ in range(REPEATS):
         with torch.no_grad():
             for p, value in zip(model.parameters(), start, strict=True):
@@ -54,13 +54,13 @@ def measure_rank(rank: int, ranks: int, shape: RankShape, folder: str) -> None:
         optimizer = DampedNewton(model, curvature="gauss_newton", curvature_batch=shape.sub_batch, group=group)
         if group is not None:
             dist.barrier()
-        began = time.perf_counter()
+        began, busy_before = time.perf_counter(), time.process_time()
         optimizer.step(lambda: model(x, y, track_activations=True))
         seconds.append(time.perf_counter() - began)
+        busy.append(time.process_time() - busy_before)
     assert optimizer.report is not None
-    if rank == 0:
-        result = [min(seconds), optimizer.report.new_objective]
-        (Path(folder) / f"{shape.name}{ranks}.json").write_text(json.dumps(result))
+    result = [min(seconds), min(busy), optimizer.report.new_objective]
+    (Path(folder) / f"{shape.name}{ranks}-{rank}.json").write_text(json.dumps(result))
     if group is not None:
         dist.destroy_process_group()
 
@@ -69,16 +69,18 @@ def ranks(quick: bool, folder: Path) -> list[str]:
     """Two ranks with one thread each against one process with one thread."""
     rows = []
     for shape in QUICK_SHAPES if quick else SHAPES:
-        found = []
         for count in (1, 2):
             multiprocessing.spawn(measure_rank, (count, shape, str(folder)), count)
-            found.append(json.loads((folder / f"{shape.name}{count}.json").read_text()))
-        (one, loss), (two, same) = found
+        results = ((folder / f"{shape.name}{which}.json").read_text() for which in ("1-0", "2-0", "2-1"))
+        (one, busy, loss), (two, first, same), (_, second, _) = map(json.loads, results)
         size = f"{shape.layers} × {shape.width}, {shape.inputs} inputs, {shape.classes} classes"
         gap = f"{abs(same - loss) / loss:.0e}"
-        rows.append([shape.name, size, shape.batch, shape.sub_batch, one, two, f"{two / one:.2f}", gap])
+        rows.append(
+            [shape.name, size, shape.batch, shape.sub_batch, one, two, f"{two / one:.2f}", busy, first, second, gap]
+        )
         print(markdown_row(rows[-1]), flush=True)
-    header = ["most of it is", "network", "N", "sub-batch", "one rank, s", "two ranks, s", "ratio", "loss differs by"]
+    header = ["most of it is", "network", "N", "sub-batch", "one rank, s", "two ranks, s", "ratio"]
+    header += ["processor: one rank, s", "first of two", "second", "loss differs by"]
     return [
         *table(header, rows),
         "",
