@@ -115,11 +115,17 @@ def test_estimates_of_the_recommended_settings(capsys, monkeypatch):
     assert main(["--estimate"]) == 0
     out = capsys.readouterr().out
     rate = float(re.search(r"at (\S+) float64 operations/s", out)[1])
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "GiB" in line]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| ")]
+    rows, of_ranks = ([cells for cells in lines if unit in cells[-2]] for unit in ("e+", " GB"))
     assert [row[0] for row in rows[::2]] == list(SETTINGS) and len(rows) == 8
     for *_, memory, chosen, size, operations, seconds in rows:
         assert float(size.split()[0]) < float(memory.split()[0]) and int(chosen.split(",")[0]) >= 1
         assert float(seconds) > 0.9 * float(operations) / rate > 0
+    assert [row[0] for row in of_ranks[::2]] == list(SETTINGS) and len(of_ranks) == 8
+    for _, k, one, _, _, eight, alone, others, *_ in of_ranks:
+        shared = float(one) * (1 - float(alone.rstrip("%")) / 100)
+        assert float(one) >= float(eight) > float(others) > 0
+        assert k != "1" or float(others) == pytest.approx(shared / 8, rel=0.02)
 
 
 def test_a_loss_of_nan_stops_with_its_files_and_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
