@@ -71,7 +71,7 @@ class DampedNewton(torch.optim.Optimizer):
     samples, and the exact solve with the k samples is their preconditioner. 0: the curvature of the k samples alone.
     weight_decay: c of the L2 term ½c‖θ‖², exactly: in f, g, the curvature and the trials. (SGD's weight_decay.)
     damping: the first λ. Each step finds its own from there.
-    metric_damping: ρ, see below. None: 1e-4, or 0.1 with a curvature_batch or a `TrackedNetwork`.
+    metric_damping: ρ, see below. None: 1e-4 by the Gram route with all samples, else 0.1.
     gtol, htol: `converged` is set where ‖g‖ ≤ gtol and H + (c + htol) I is positive definite, by its inertia: a
     second-order stationary point; then `.report.certified` is True. H is not examined where curvature_batch leaves
     samples out, or where its factorization would take more than 4 GB. There ‖g‖ ≤ gtol suffices, and
@@ -133,8 +133,6 @@ class DampedNewton(torch.optim.Optimizer):
             raise TypeError("a group of ranks is for a DeepMLPWithTracking: pass group=None for a TrackedNetwork")
         if metric == "auto":
             metric = "parameter" if isinstance(model, DeepMLPWithTracking) and model.input_dim == 1 else "state"
-        if metric_damping is None:
-            metric_damping = 1e-4 if curvature_batch is None and isinstance(model, DeepMLPWithTracking) else 0.1
         options = Options(
             curvature=curvature,
             metric=metric,
@@ -215,7 +213,7 @@ class DampedNewton(torch.optim.Optimizer):
         step = NewtonStep(problem, parameters, state)
         step.run()
         for_all = state.copy()
-        for_all.pop("last", None)  # the first rank alone needs it
+        for_all.pop("last", None)  # large: it is sent as the parameters are
         return step.report, step.converged, step.stalled, for_all
 
     def _loss_of_no_sample(self) -> Tensor:
@@ -258,8 +256,11 @@ class DampedNewton(torch.optim.Optimizer):
                 problem = self._problem(loss, options, state["step"], empty)
                 self.report, self.converged, self.stalled, new_state = problem.ranks.lead(lambda: self._lead(problem))
         state.update(new_state)
-        for p in parameters:
-            problem.ranks.broadcast(p)
+        shared = list(parameters)
+        if self._group is not None and options.uses_conjugate_gradients(problem.num_samples):
+            shared.append(state.setdefault("last", torch.nn.utils.parameters_to_vector(parameters).zero_()))
+        for x in shared:
+            problem.ranks.broadcast(x)
         return loss
 
 

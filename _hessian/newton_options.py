@@ -20,7 +20,7 @@ class Options(NamedTuple):
     curvature_batch: int | None
     cg_iterations: int
     weight_decay: float
-    metric_damping: float
+    metric_damping: float | None
     gtol: float
     htol: float
     seed: int
@@ -45,7 +45,7 @@ class Options(NamedTuple):
             )
         if self.route == "gram" and self.curvature == "hessian":
             raise ValueError("route='gram' has the Gauss–Newton curvature only: pass route='sweep' or curvature='auto'")
-        if not (0 < self.metric_damping < math.inf):
+        if self.metric_damping is not None and not (0 < self.metric_damping < math.inf):
             raise ValueError(f"metric_damping must be positive and finite, got {self.metric_damping!r}")
         for name, number in (("weight_decay", self.weight_decay), ("gtol", self.gtol), ("htol", self.htol)):
             checked_nonnegative(name, number)
@@ -73,9 +73,17 @@ class State(TypedDict):
     damping: float  # λ that the next Gauss–Newton step tries first
     hessian_damping: float  # the same for the exact Hessian
     exact: bool  # whether curvature='auto' takes the exact Hessian
-    objectives: list[float]  # f before the last Gauss–Newton steps
-    last: NotRequired[Tensor]  # (P,) the last step, where conjugate gradients begin
+    value: float  # f after the last step
+    objectives: list[float]  # f before the last Gauss–Newton steps, all on the same data
+    last: NotRequired[Tensor]  # (P,) the last step, where conjugate gradients begin on the same data
 
 
 def initial_state(damping: float) -> State:
-    return {"step": 0, "damping": damping, "hessian_damping": damping, "exact": False, "objectives": []}
+    return {
+        "step": 0,
+        "damping": damping,
+        "hessian_damping": damping,
+        "exact": False,
+        "value": math.nan,
+        "objectives": [],
+    }

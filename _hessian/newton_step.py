@@ -72,6 +72,8 @@ class NewtonStep:
         self.all_samples = self.options.uses_all_samples(problem.num_samples)
         self.converged = self.stalled = False
         self.num_dampings = 0  # tried
+        # as a rule no other batch has the same f; this one's is rounded otherwise than among many trials
+        self.same_data = math.isclose(self.before, state["value"], rel_tol=1e-3)
 
     @cached_property
     def before(self) -> float:
@@ -87,7 +89,7 @@ class NewtonStep:
         return ConjugateGradients(problem, systems, self._last_step()) if by_products else systems
 
     def _last_step(self) -> Tensor | None:
-        if "last" not in self.state:
+        if not self.same_data or "last" not in self.state:
             return None
         step = self.state["last"].to(self.problem.gradient)
         return step if self.problem.span is None else self.problem.span.restrict(step)
@@ -99,6 +101,8 @@ class NewtonStep:
     def run(self) -> None:
         state, curvature = self.state, self.options.curvature
         state["step"] += 1
+        if not self.same_data:
+            state["exact"], state["objectives"] = False, []
         if self.gradient_norm <= self.options.gtol:
             self._stationary_step()
         elif curvature == "hessian" or (curvature == "auto" and state["exact"] and self.all_samples):
@@ -208,6 +212,7 @@ class NewtonStep:
         if trial is not None and accepted:
             step = total(trial.step)
             self._update(step if self.problem.span is None else self.problem.span.expand(step))
+        self.state["value"] = value if accepted else self.before
         self.stalled = not accepted and not self.converged
         self.report = StepReport(
             method, accepted, self.before, value, self.gradient_norm, damping, length, self.num_dampings, certified

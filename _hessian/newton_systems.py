@@ -77,15 +77,13 @@ class GramSteps:
         """With the gradient as Jᵀw, where the batch has a w with all its digits."""
         problem, options = self.problem, self.problem.options
         assert problem.layers is not None, "chosen by prefers_gram"
-        c = options.weight_decay
-        if options.uses_all_samples(problem.num_samples):
-            decay = c * problem.objective.theta if c else None
-            system = GramSystem(problem.layers, options.metric, options.metric_damping, c, decay)
+        c, all_samples = options.weight_decay, options.uses_all_samples(problem.num_samples)
+        rho = options.metric_damping or (1e-4 if all_samples else 0.1)
+        if all_samples:
+            system = GramSystem(problem.layers, options.metric, rho, c, c * problem.objective.theta if c else None)
             if system.has_residual():
                 return system
-        return GramSystem(
-            problem.layers, options.metric, options.metric_damping, c, problem.gradient, without_residual=True
-        )
+        return GramSystem(problem.layers, options.metric, rho, c, problem.gradient, without_residual=True)
 
     def solve(self, damping: float) -> Solution | None:
         damped = self.system.factorize(damping)
@@ -138,7 +136,7 @@ class FactoredSteps:
     def _shift(self, damping: float) -> float:
         """The multiple of I in cI + λD."""
         options = self.problem.options
-        shift = damping * (options.metric_damping if self._by_state else 1.0) + options.weight_decay
+        shift = damping * ((options.metric_damping or 0.1) if self._by_state else 1.0) + options.weight_decay
         return max(shift, 1e-10)  # H alone may be singular
 
     def factorized(self, damping: float) -> HessianFactorization | None:

@@ -220,3 +220,22 @@ def test_quasi_newton_steps_learn_from_the_steps_that_were_taken(monkeypatch):
     assert 0 < len(positive) == len(seen) < len(changes)
     for (s, y), secant in zip(positive, seen, strict=True):
         assert torch.equal(s, secant.s) and torch.equal(y, secant.y) and secant.sy == float(s @ y)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+def test_other_data_begin_anew(dtype):
+    """The last step, and the progress before, count on the data that they belong to."""
+    model, x, y = Case((8, 8, 8), 120, inputs=6, classes=5).build()
+    model, x = model.to(dtype), x.to(dtype)
+    optimizer = DampedNewton(model, curvature_batch=8)
+    for _ in range(3):
+        optimizer.step(closure_of(model, x, y))
+    before = state_of(optimizer)["last"].double()
+    same = step_of(optimizer, closure_of(model, x, y))
+    assert same.same_data and torch.equal(same._last_step(), before)
+    other = step_of(optimizer, closure_of(model, x.flip(1), y))
+    assert not other.same_data and other._last_step() is None
+    state_of(optimizer).update(exact=True, objectives=[1.0, 1.0])
+    optimizer.step(closure_of(model, x.flip(1), y))
+    state = state_of(optimizer)
+    assert not state["exact"] and state["objectives"] == [optimizer.report.objective]
