@@ -27,6 +27,7 @@ class RankShape(NamedTuple):
 
 
 SHAPES = (
+    RankShape("products", 1024, 256, 10, 6, 4096, 8),
     RankShape("products", 1024, 256, 10, 6, 16384, 8),
     RankShape("solves", 1024, 128, 100, 12, 64, 32),
 )
@@ -40,7 +41,7 @@ def measure_rank(rank: int, ranks: int, shape: RankShape, folder: str) -> None:
     torch.set_flush_denormal(True)
     group = None
     if ranks > 1:
-        dist.init_process_group("gloo", f"file://{folder}/store{shape.name}", rank=rank, world_size=ranks)
+        dist.init_process_group("gloo", f"file://{folder}/store{shape.batch}", rank=rank, world_size=ranks)
         group = dist.group.WORLD
     torch.manual_seed(0)
     model = DeepMLPWithTracking(shape.inputs, shape.width, shape.classes, shape.layers - 1)
@@ -60,7 +61,7 @@ def measure_rank(rank: int, ranks: int, shape: RankShape, folder: str) -> None:
         busy.append(time.process_time() - busy_before)
     assert optimizer.report is not None
     result = [min(seconds), min(busy), optimizer.report.new_objective]
-    (Path(folder) / f"{shape.name}{ranks}-{rank}.json").write_text(json.dumps(result))
+    (Path(folder) / f"{shape.batch}-{ranks}-{rank}.json").write_text(json.dumps(result))
     if group is not None:
         dist.destroy_process_group()
 
@@ -71,7 +72,7 @@ def ranks(quick: bool, folder: Path) -> list[str]:
     for shape in QUICK_SHAPES if quick else SHAPES:
         for count in (1, 2):
             multiprocessing.spawn(measure_rank, (count, shape, str(folder)), count)
-        results = ((folder / f"{shape.name}{which}.json").read_text() for which in ("1-0", "2-0", "2-1"))
+        results = ((folder / f"{shape.batch}-{which}.json").read_text() for which in ("1-0", "2-0", "2-1"))
         (one, busy, loss), (two, first, same), (_, second, _) = map(json.loads, results)
         size = f"{shape.layers} × {shape.width}, {shape.inputs} inputs, {shape.classes} classes"
         gap = f"{abs(same - loss) / loss:.0e}"
