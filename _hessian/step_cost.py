@@ -93,7 +93,7 @@ def estimate_step_cost(chain: Chain, options: Options, batch_size: int, num_damp
         count = num_dampings * options.cg_iterations
         shared += count * 8 * own * reduced * half
         alone += count * 3 * solve.bytes / 8
-        sent += count * 8 * 2 * reduced * half
+        sent += count * 8 * 2 * reduced * half + 8 * half * P  # and the last step
         traffic += count * (8 * reduced * 20 + solve.bytes)
         solve_bytes += 8 * reduced * (2 * options.cg_iterations)
         solve_bytes += 4 * (own * 2 * d + reduced) + 2.5 * own * sample_bytes if single else 0
