@@ -230,7 +230,7 @@ def training(quick: bool) -> Report:
     header = ["network", "method", *(f"s to {target:g}" for target in TARGETS), "steps", "ms a step", "loss then"]
     notes = [
         "",
-        "Whole batch, one seed, the same start. Seconds are those of the process, without others on the machine. "
+        "Whole batch, one seed, the same start. Seconds are of the processor, whatever else the machine does. "
         f"A run ends at the last target, or after {max_seconds} s; –: not reached. Adam: the best of the rates "
         f"{', '.join(f'{rate:g}' for rate in by_adam)}.",
     ]
