@@ -19,7 +19,7 @@ A step is good as long as the linearization of the network holds. In a deep netw
 of some layer change too much. A short change of the parameters can do that, and a long one need not. So D measures the
 change of activations (metric='state').
 
-Near a minimum with a residual Gauss–Newton gets slow. There the exact Hessian H takes its place. H + cI + λD is
+Near a minimum with a residual Gauss–Newton gets slow. There the exact Hessian H takes its place. H + (c + λ)I is
 factored, with λ raised until it is positive definite. It serves a Newton step and up to 15 quasi-Newton steps after it.
 
 References: Levenberg (1944), Marquardt (1963); Tassa, Erez & Todorov (2012), damping of states; Transtrum & Sethna

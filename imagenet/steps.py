@@ -91,6 +91,7 @@ class PlainStep:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        check_dictionaries(state, "optimizer")
         if momenta := state["optimizer"]["state"]:  # none before the first step
             own = {index: {"momentum_buffer": p} for index, p in enumerate(self.model.parameters())}
             check_like(momenta, own, "optimizer")
@@ -134,20 +135,25 @@ class NewtonStep:
         return {"plain": self.plain.state_dict(), "newton": self.newton.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        check_dictionaries(state, "plain", "newton")
         self.plain.load_state_dict(state["plain"])
-        own, saved = self.newton.state_dict()["state"][0], state["newton"]["state"][0]
-        weights = torch.cat([p.detach().flatten() for p in self.plain.model.parameters()])
-        for name in saved.keys() | own.keys():
-            if name in own:
-                check_like(saved[name], own[name], f"newton: {name}")
-            elif isinstance(saved[name], Tensor):  # a step
-                check_like(saved[name], weights, f"newton: {name}")
+        own, saved = dict(self.newton.state_dict()["state"][0]), state["newton"]["state"][0]
+        if "last" in saved:  # a step
+            own["last"] = torch.cat([p.detach().flatten() for p in self.plain.model.parameters()])
+        check_like(saved, own, "newton")
         load_state(self.newton, state["newton"])
 
     def set_damping(self, damping: float) -> None:
         """Start again from this λ."""
         for numbers in self.newton.state.values():
             numbers["damping"] = numbers["hessian_damping"] = damping
+
+
+def check_dictionaries(state: dict, *names: str) -> None:
+    """A tensor with a text as index warns before it fails."""
+    for name in names:
+        if not isinstance(state[name], dict):
+            raise TypeError(f"{name} is a {type(state[name]).__name__}, not a dictionary")
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
