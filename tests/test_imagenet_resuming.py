@@ -77,10 +77,18 @@ def test_a_run_stopped_in_its_validation_goes_on_with_that(tmp_path, monkeypatch
     assert equal(end_of(folder), end_of(whole))
 
 
-@pytest.mark.slow
+def let_run(process, path: Path, seconds: float, writes: int) -> None:
+    """Return when the process has ended, when the seconds are over, or when the file was replaced so many times."""
+    until, seen = time.monotonic() + seconds, set()
+    while process.exitcode is None and time.monotonic() < until and len(seen) <= writes:
+        with contextlib.suppress(OSError):
+            seen.add(path.stat().st_mtime_ns)
+        process.join(0.001)
+
+
 @pytest.mark.parametrize("method, kills", (("", 20), (HESSIAN.replace("size 4", "size 2"), 20)))
 def test_twenty_kills_change_nothing(tmp_path, method, kills):
-    """SIGKILL at random moments of a run, of the data's loading and of a checkpoint's writing as of all else."""
+    """SIGKILL in the start and the loading of data (after random seconds), and in training (after random writes)."""
     argv = flags(f"{DUMMY} {method}", checkpoint_minutes=0, batch_size=4, dummy=160)
     for folder in ("first", "whole"):  # the first one waits for the server that forks to import everything
         began = time.monotonic()
@@ -94,7 +102,12 @@ def test_twenty_kills_change_nothing(tmp_path, method, kills):
         resumed = [*argv, "--checkpoint-dir", str(folder), "--resume"]
         while True:
             process = start(resumed, tmp_path / "run.log")
-            process.join(rng.uniform(0.05, 0.5) * seconds if count < kills else 120)
+            if count >= kills:
+                process.join(120)
+            elif count % 2:
+                let_run(process, folder / "last.pt", 120, rng.randint(1, 20))
+            else:
+                let_run(process, folder / "last.pt", rng.uniform(0.05, 0.5) * seconds, 1000)
             if process.exitcode is not None:
                 assert process.exitcode == 0, (tmp_path / "run.log").read_text()
                 break
