@@ -146,7 +146,7 @@ class DampedNewton(torch.optim.Optimizer):
             seed=seed,
         )
         if not (0 < damping < math.inf):
-            raise ValueError(f"damping must be positive and finite, got {damping!r}")
+            raise ValueError(f"damping must be positive and finite, got {damping!r}: pass 1.0, the default")
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("all parameters are frozen (requires_grad=False): leave requires_grad=True on some")
@@ -186,7 +186,7 @@ class DampedNewton(torch.optim.Optimizer):
         model = self._model
         if isinstance(model, TrackedNetwork):
             raise TypeError(
-                "estimate_step is for a DeepMLPWithTracking: estimate_cost tells what a factorization takes"
+                "estimate_step is for a DeepMLPWithTracking: call hessian.estimate_cost, for what a factorization takes"
             )
         return Chain(model._linears(), model.skips, model.activate, model.loss)
 

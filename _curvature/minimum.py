@@ -128,10 +128,9 @@ class Search:
                 return self._leave_saddle(htol)
             start = self.point
             found = exact_round(self, start, self._factorized, damping, gtol=gtol, smallest=smallest, max_steps=50)
-            if found is None:
-                self.move(start.theta)
-                return self._leave_saddle(htol)
             self.move(found.point.theta)
+            if found.point is start:
+                return self._leave_saddle(htol)
             damping = found.next_damping
         return False
 

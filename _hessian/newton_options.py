@@ -46,7 +46,9 @@ class Options(NamedTuple):
         if self.route == "gram" and self.curvature == "hessian":
             raise ValueError("route='gram' has the Gauss–Newton curvature only: pass route='sweep' or curvature='auto'")
         if self.metric_damping is not None and not (0 < self.metric_damping < math.inf):
-            raise ValueError(f"metric_damping must be positive and finite, got {self.metric_damping!r}")
+            raise ValueError(
+                f"metric_damping must be positive and finite, got {self.metric_damping!r}: pass None for the default"
+            )
         for name, number in (("weight_decay", self.weight_decay), ("gtol", self.gtol), ("htol", self.htol)):
             checked_nonnegative(name, number)
 

@@ -164,8 +164,9 @@ class NewtonStep:
         found = exact_round(
             self.objective, start, self.hessian.factorized, state["hessian_damping"], gtol=self.options.gtol
         )
-        if found is not None:
-            state["hessian_damping"], self.num_dampings = found.next_damping, found.num_dampings
+        self.num_dampings = found.num_dampings
+        if found.point is not start:
+            state["hessian_damping"] = found.next_damping
             trial = Trial(found.point.value, ((1.0, found.point.theta - theta),), found.damping, 1.0)
             self._finish("hessian", trial, lower=True)
         elif self.hessian.factorized(0.0) is None:

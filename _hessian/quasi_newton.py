@@ -115,26 +115,24 @@ def exact_round(
     gtol: float,
     smallest: float = 1e-10,
     max_steps: int = 16,
-) -> Round | None:
+) -> Round:
     """Quasi-Newton steps with H + λD, at the least λ of `damping`, 10 `damping`, … that lowers f.
 
-    factorized: the matrix at λ; None where it is not positive definite. smallest: a smaller λ stands for 0. None where
-    no λ lowers f. Where the model promises a decrease that rounding hides, λ = 0 is tried, and ‖g‖ decides.
+    factorized: the matrix at λ; None where it is not positive definite. smallest: a smaller λ stands for 0. Where no λ
+    lowers f, the point is `start`. Where the model promises a decrease that rounding hides, λ = 0 is tried, and ‖g‖
+    decides.
     """
-    hidden = False
-    for count in range(1, 41):
+    end, hidden, count = start, False, 0
+    while end is start and count < 40:
+        count += 1
         damping = 0.0 if hidden or damping < smallest else damping
         factorization = factorized(damping)
         if factorization is not None:
             inverse = partial(direct_solve, factorization)
             end = quasi_newton_steps(objective, inverse, start, gtol, max_steps, by_gradient=damping == 0)
-            if end is not start:
-                return Round(end, damping, count)
-            decrease = 0.5 * float(start.gradient @ inverse(start.gradient))
-            if not hidden and damping > 0 and decrease <= ROUNDING * abs(start.value):
-                hidden = True
-                continue
-        if hidden:
+        if end is not start or hidden:
             break
+        if factorization is not None and damping > 0:
+            hidden = 0.5 * float(start.gradient @ inverse(start.gradient)) <= ROUNDING * abs(start.value)
         damping = max(10 * damping, smallest)
-    return None
+    return Round(end, damping, count)

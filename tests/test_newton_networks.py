@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, TensorDataset
 
+from _hessian import network
 from _hessian.newton_systems import ConjugateGradients, FactoredSteps
 from benchmarks.example_networks import EXAMPLES, GPT, Example, TwoInputs, build
 from hessian import TrackedNetwork
@@ -106,22 +107,32 @@ def state_matrix(model: TrackedNetwork, x: Tensor | tuple[Tensor, ...]) -> Tenso
     "name",
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in (*CASES, "two inputs")],
 )
-def test_every_system_is_solved(name):
-    """The gradient; both curvatures, both metrics. Then two steps that lower f, and leave frozen parameters alone."""
+def test_every_system_is_solved(name, monkeypatch):
+    """The gradient; both curvatures and metrics, by H and by elimination, and an indefinite matrix refused.
+
+    Then two steps that lower f, and leave frozen parameters alone.
+    """
     model, x, y = model_of(name)
     c, rho, damping = 0.01, 0.3, 0.7
     g = gradient(model, x, y, c)
     curvatures = {"gauss_newton": gauss_newton(model, x, y), "hessian": oracle(model, x, y)}
-    S = state_matrix(model, x)
+    assert torch.linalg.eigvalsh(curvatures["hessian"])[0] < -c
+    S, routes = state_matrix(model, x), set()
     for metric, D in (("parameter", eye(len(g))), ("state", rho * eye(len(g)) + S)):
         optimizer = DampedNewton(model, metric=metric, metric_damping=rho, weight_decay=c, curvature="gauss_newton")
         problem = problem_of(optimizer, closure_of(model, x, y))
         assert relative(problem.gradient - g, g) <= 1e-12
         for curvature, G in curvatures.items():
             A = G + c * eye(len(g)) + (100 * eye(len(g)) if curvature == "hessian" else damping * D)  # definite
-            solution = FactoredSteps(problem, curvature).solve(100 if curvature == "hessian" else damping)
             expected = torch.linalg.solve(A, -g)
-            assert solution is not None and relative(solution.x - expected, expected) <= 1e-5, (metric, curvature)
+            for few in (500, 0):
+                monkeypatch.setattr(network, "FEW_PARAMETERS", few)
+                systems = FactoredSteps(problem, curvature)
+                solution = systems.solve(100 if curvature == "hessian" else damping)
+                assert solution is not None and relative(solution.x - expected, expected) <= 1e-5, (metric, curvature)
+                if curvature == "hessian":
+                    routes.add(systems.factorized(100).route)
+                    assert systems.factorized(0.0) is None
         frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
         for _ in range(2):
             before = objective(model, x, y, c).item()
@@ -129,7 +140,7 @@ def test_every_system_is_solved(name):
             assert optimizer.report.accepted and objective(model, x, y, c).item() < before
         assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
         model, x, y = model_of(name)  # as it was
-    assert bool(frozen) == (name == "gpt, half frozen")
+    assert bool(frozen) == (name == "gpt, half frozen") and routes == {"dense", "sweep"}
 
 
 @pytest.mark.parametrize("name, stop", [("lenet", 5), pytest.param("gpt", 10, marks=pytest.mark.slow)])

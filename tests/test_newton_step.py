@@ -139,7 +139,7 @@ class Function:
         A = self.H + damping * eye(len(self.H))
         return Dense(A) if torch.linalg.eigvalsh(A)[0] > 0 else None
 
-    def round(self, damping: float, **options) -> Round | None:
+    def round(self, damping: float, **options) -> Round:
         return exact_round(self, self.start, self.factorized, damping, gtol=0.0, **options)
 
 
@@ -178,14 +178,15 @@ def test_a_decrease_that_rounding_hides_is_judged_by_the_gradient():
     assert found.point.gradient_norm < 1e-12 * hidden.start.gradient_norm
     # where H alone is not definite, or ‖g‖ doesn't fall
     hidden.H = A - 2 * eye(3)
-    assert hidden.round(3.0) is None and hidden.asked[2:] == [3.0, 0.0]
+    assert hidden.round(3.0).point is hidden.start and hidden.asked[2:] == [3.0, 0.0]
     hidden.H = 0.4 * A
-    assert hidden.round(3.0) is None and hidden.asked[4:] == [3.0, 0.0]
+    assert hidden.round(3.0).point is hidden.start and hidden.asked[4:] == [3.0, 0.0]
 
 
 def test_no_round_where_nothing_is_lower():
     function = Function(lambda t: 1 + t.sum() - t.sum().detach(), torch.ones(2, dtype=torch.float64))
-    assert function.round(1.0) is None
+    found = function.round(1.0)
+    assert found.point is function.start and found.num_dampings == len(function.asked)
 
 
 def test_quasi_newton_steps_are_those_of_bfgs():
