@@ -117,7 +117,7 @@ from _hessian.factorization import (
     factorize_system,
     undamped_failure,
 )
-from _hessian.gram import GramFactor
+from _hessian.gram import GramFactor, ScaledJacobian
 from _hessian.layers import (
     LayerDerivatives,
     NotPositiveDefinite,
@@ -642,8 +642,8 @@ def _factor(
         dampings = damping_vector(layers, epsilons)
         return factor_dense(H.to(rounded[0].weight.dtype, copy=True), dampings, settings.damping, definite_only), H
     if settings.route == "gram":
-        gram = GramFactor(rounded, epsilons, formed if isinstance(formed, Tensor) else None)
-        return gram, gram.formed
+        jacobian = formed if isinstance(formed, ScaledJacobian) else ScaledJacobian.of_chain(rounded)
+        return GramFactor(jacobian, epsilons), jacobian
     sweep = _Sweep(
         rounded,
         epsilons,
@@ -693,8 +693,8 @@ def factorize_hessian(
         H below −ε. Or one number per layer, first layer first (of a TrackedNetwork: per parameter tensor).
     curvature: 'hessian', or 'gauss_newton' for its positive semidefinite part JᵀΛJ, J the Jacobian of the outputs.
     route: 'sweep' (elimination), 'dense' (H is formed and factored; cheaper where P is below N × width),
-        'gram' (Gauss–Newton by the matrix of N·C scaled outputs; cheaper where that is small), or 'auto' for the one
-        with the fewest counted operations. `.route` is the choice.
+        'gram' (Gauss–Newton by the matrix of N·C scaled outputs; cheaper where that is small; the loss must be convex
+        in the outputs), or 'auto' for the one with the fewest counted operations. `.route` is the choice.
     state_damping: μ ≥ 0, in units of loss / pre-activation². Adds (μ/N) Σ_{ℓ<L} S_ℓᵀS_ℓ to the matrix, S_ℓ x the
         first-order change of hidden layer ℓ's pre-activations (N, a). It adds no computation. H + damping·I stands for
         this matrix below.

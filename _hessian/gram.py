@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +32,6 @@ from _hessian.layers import (
     LayerDerivatives,
     SingularHessianError,
     blocks_of,
-    damping_vector,
     flatten_blocks,
     forward_tangent,
     with_skip,
@@ -336,7 +336,7 @@ class GramSystem:
 
 
 def _gram_matrix(factors: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, int]) -> Tensor:
-    """M = Σ_ℓ (EᵀE) ∘ (z̃z̃ᵀ), (K N, K N). factors: E (a, K N) and z̃z̃ᵀ (N, N) of each layer, both whitened."""
+    """M = Σ_ℓ (EᵀE) ∘ (z̃z̃ᵀ), (K N, K N). factors: E (a, K N) and z̃z̃ᵀ (N, N) or (1, 1) of each, both whitened."""
     K, N = shape
     M = product = torch.empty(0)
     for index, (E, similarity) in enumerate(factors):
@@ -347,6 +347,105 @@ def _gram_matrix(factors: Iterable[tuple[Tensor, Tensor]], shape: tuple[int, int
     return M.view(K * N, K * N)
 
 
+class JacobianBlock(Protocol):
+    """Columns of J, of p parameters that follow each other and share a damping."""
+
+    @property
+    def size(self) -> int:
+        """p"""
+
+    def factors(self, weight: float) -> tuple[Tensor, Tensor]:
+        """weight · J Jᵀ as `_gram_matrix` takes it."""
+
+    def times(self, v: Tensor) -> Tensor:
+        """J v (K N, k) for v (p, k)."""
+
+    def transpose(self, y: Tensor) -> Tensor:
+        """Jᵀy (p, k) for y (K N, k)."""
+
+
+class Rows(NamedTuple):
+    """J as it is."""
+
+    rows: Tensor  # (K N, p)
+
+    @property
+    def size(self) -> int:
+        return self.rows.shape[1]
+
+    def factors(self, weight: float) -> tuple[Tensor, Tensor]:
+        return self.rows.mT, self.rows.new_full((1, 1), weight)
+
+    def times(self, v: Tensor) -> Tensor:
+        return self.rows @ v
+
+    def transpose(self, y: Tensor) -> Tensor:
+        return self.rows.mT @ y
+
+
+class OuterProducts(NamedTuple):
+    """Row (k, b) of J is the outer product of E[k, b] and z̃[b]: a weight, then its bias if z̃ has a column for it."""
+
+    outputs: Tensor  # (K, N, a) E
+    inputs: Tensor  # (N, d) z̃
+    width: int  # of the weight
+
+    @property
+    def size(self) -> int:
+        return self.outputs.shape[2] * self.inputs.shape[1]
+
+    def factors(self, weight: float) -> tuple[Tensor, Tensor]:
+        return self.outputs.flatten(0, 1).mT, weight * (self.inputs @ self.inputs.mT)
+
+    def times(self, v: Tensor) -> Tensor:
+        a, d = self.outputs.shape[2], self.inputs.shape[1]
+        weight, bias = v.mT.split((a * self.width, a * (d - self.width)), 1)
+        X = torch.cat([weight.unflatten(1, (a, self.width)), bias.unflatten(1, (a, d - self.width))], 2)
+        s = self.inputs @ X.mT  # (k, N, a)
+        return (self.outputs.transpose(0, 1) @ s.permute(1, 2, 0)).transpose(0, 1).flatten(0, 1)
+
+    def transpose(self, y: Tensor) -> Tensor:
+        K, N, _ = self.outputs.shape
+        delta = self.outputs.permute(1, 2, 0) @ y.unflatten(0, (K, N)).transpose(0, 1)  # (N, a, k)
+        X = delta.permute(2, 1, 0) @ self.inputs  # (k, a, d)
+        return torch.cat([X[:, :, : self.width].flatten(1), X[:, :, self.width :].flatten(1)], 1).mT
+
+
+class ScaledJacobian:
+    """J (K N, P), the derivatives of the scaled outputs Sᵀh, in blocks of the parameters."""
+
+    def __init__(self, blocks: Sequence[JacobianBlock], shape: tuple[int, int]):
+        self.blocks, self.shape = blocks, shape  # K, N
+
+    @classmethod
+    def of_chain(cls, layers: Sequence[LayerDerivatives]) -> ScaledJacobian:
+        """A block for each layer."""
+        root = scaled_output(layers[-1]).root  # (N, C, K)
+        pairs = zip(output_jacobians(layers, root), layers, strict=True)
+        blocks = [OuterProducts(E, x.inputs, x.weight.shape[1]) for E, x in pairs]
+        return cls(blocks, (root.shape[2], len(root)))
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """J Jᵀ (K N, K N)"""
+        return self.weighted_gram([1.0] * len(self.blocks))
+
+    def weighted_gram(self, weights: Sequence[float]) -> Tensor:
+        """J W Jᵀ, with one weight a block."""
+        pairs = zip(self.blocks, weights, strict=True)
+        return _gram_matrix((block.factors(weight) for block, weight in pairs), self.shape)
+
+    def times(self, v: Tensor) -> Tensor:
+        """J v (K N, k) for v (P, k)."""
+        pieces = v.split([block.size for block in self.blocks])
+        first, *rest = (block.times(piece) for block, piece in zip(self.blocks, pieces, strict=True))
+        return sum(rest, first)
+
+    def transpose(self, y: Tensor) -> Tensor:
+        """Jᵀy (P, k) for y (K N, k)."""
+        return torch.cat([block.transpose(y) for block in self.blocks])
+
+
 class GramFactor:
     """JᵀJ + D, D the dampings, by I + J D⁻¹Jᵀ in N K unknowns: route 'gram' of hessian.py.
 
@@ -355,21 +454,14 @@ class GramFactor:
     those of D, less those of I + J D⁻¹Jᵀ; and its determinant is the product of theirs.
     """
 
-    def __init__(self, layers: Sequence[LayerDerivatives], epsilons: Sequence[float], formed: Tensor | None):
-        self._layers, self._damping = layers, damping_vector(layers, epsilons)
-        self._root = scaled_output(layers[-1]).root  # (N, C, K)
+    def __init__(self, jacobian: ScaledJacobian, epsilons: Sequence[float]):
+        """epsilons: one for each block of the Jacobian."""
+        self._jacobian = jacobian
+        pairs = list(zip(jacobian.blocks, epsilons, strict=True))
         scale = max(map(abs, epsilons))
         plain = len(set(epsilons)) == 1  # then J Jᵀ serves for any damping
-        M = formed if plain else None
-        if M is None:
-            weights = [1.0] * len(layers) if plain else [scale / epsilon for epsilon in epsilons]
-            jacobians = output_jacobians(layers, self._root)
-            factors = (
-                (E.flatten(0, 1).mT, weight * (x.inputs @ x.inputs.mT))
-                for E, x, weight in zip(jacobians, layers, weights, strict=True)
-            )
-            M = _gram_matrix(factors, (self._root.shape[2], len(self._root)))
-        self.formed = M if plain else formed
+        M = jacobian.gram if plain else jacobian.weighted_gram([scale / epsilon for epsilon in epsilons])
+        self._damping = torch.cat([M.new_full((block.size, 1), epsilon) for block, epsilon in pairs])
         shifted = M / (epsilons[0] if plain else scale)
         damping = epsilons[0] if plain else tuple(epsilons)
         if not torch.finfo(M.dtype).eps * float(torch.linalg.matrix_norm(shifted)) < 1:
@@ -391,11 +483,8 @@ class GramFactor:
     def solve(self, v: Tensor) -> Tensor:
         """(JᵀJ + D)⁻¹v for v (P, k)."""
         scaled = v / self._damping
-        y = torch.einsum("nck,jnc->knj", self._root, _logit_tangent(self._layers, scaled))
-        y = self._factor.solve(y.flatten(0, 1))  # (K N, columns)
-        K, N = self._root.shape[2], len(self._root)
-        delta = torch.einsum("nck,knj->jnc", self._root, y.unflatten(0, (K, N)))
-        return scaled - _transposed(self._layers, delta) / self._damping
+        y = self._factor.solve(self._jacobian.times(scaled))
+        return scaled - self._jacobian.transpose(y) / self._damping
 
 
 def gauss_newton_product(layers: Sequence[LayerDerivatives], v: Tensor) -> Tensor:

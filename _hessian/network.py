@@ -19,11 +19,13 @@ from _hessian.data_sets import DataSet, TracksLosses
 from _hessian.dense import check_product, dense_matrix, factor_dense
 from _hessian.factorization import Factor
 from _hessian.general_operation import ClosedForms, check_closed_forms
+from _hessian.gram import GramFactor, ScaledJacobian
 from _hessian.graph import Builder
 from _hessian.graph_costs import checkpoint_starts, step_costs, sweep_cost
 from _hessian.graph_elimination import GraphSweep, Program
+from _hessian.graph_gram import convex_root, gram_cost, scaled_jacobian
 from _hessian.graph_tangents import TANGENT_BYTES, gauss_newton_and_state_matrix, tangent_cost
-from _hessian.layers import Damping, TrackedBatch, TrackedDataSet
+from _hessian.layers import Damping, NotPositiveDefinite, TrackedBatch, TrackedDataSet
 from _hessian.losses import accurate_loss
 from _hessian.operations import Operation
 from _hessian.program import Products, StateProducts, make_program
@@ -171,6 +173,7 @@ class _Kept:
     products: Products | None = None
     states: StateProducts | None = None
     matrices: tuple[Tensor, Tensor] | None = None  # H and Σ SᵀS/N, where they are needed for many μ
+    root: Tensor | None = None  # (N, C, K) S with Λ_b = S_b S_bᵀ
 
 
 class Network(NamedTuple):
@@ -289,10 +292,23 @@ class Network(NamedTuple):
             forming = tangents.operations + (0 if self.gauss_newton else products)
         else:
             forming = products * (1 + len(self.program.operations) if self.state_damping else 1)
-        return {
+        costs = {
             "sweep": sweep_cost(self.program, settings),
             "dense": RouteCost(forming + factor_operations(P), 2 * P * P, self._dense_bytes()),
         }
+        gram = self._gram_cost()
+        return costs if gram is None else costs | {"gram": gram}
+
+    def _root(self) -> Tensor | None:
+        """S (N, C, K) with Λ_b = S_b S_bᵀ; None where the loss is not convex in the outputs."""
+        if self.kept.root is None:
+            self.kept.root = convex_root(self.program.loss_hessian)
+        return self.kept.root
+
+    def _gram_cost(self) -> RouteCost | None:
+        """None where the matrix has no such route."""
+        root = self._root() if self.gauss_newton and not self.state_damping else None
+        return None if root is None else gram_cost(self.program, root.shape[2])
 
     @property
     def _has_tangents(self) -> bool:
@@ -307,22 +323,24 @@ class Network(NamedTuple):
 
     def choose_route(self, settings: Settings, *, formed: bool, may_mix: bool) -> str:
         route = settings.route
-        if route == "gram":
-            raise ValueError("route='gram' is for DeepMLPWithTracking: choose 'sweep', 'dense' or 'auto'")
-        if settings.keep == "disk" and route == "dense":
+        if settings.keep == "disk" and route in ("dense", "gram"):
             raise ValueError("keep='disk' is for route='sweep': leave one of them out")
         if settings.keep == "disk" and self.device.type != "cpu":
             raise ValueError("keep='disk' is for the CPU: choose keep='solve' or checkpoint_layers=True")
+        if route == "gram" and self._gram_cost() is None:
+            raise ValueError("route='gram' needs a loss that is convex in the outputs: choose another route")
         if settings.checkpoint_layers or settings.keep == "disk":
             route = "sweep"
         elif route == "auto" and self.num_parameters <= FEW_PARAMETERS:
             route = "dense"
         elif route == "auto":
-            # a matrix by tangents is made of large products: 4 to 13 times as many a second as in a sweep
-            rates = {"sweep": 1.0, "dense": 6.0 if self.gauss_newton and self._has_tangents else 1.0}
-            route = min(costs := self.costs(settings), key=lambda name: costs[name].operations / rates[name])
-        dense = self._dense_bytes() / (2 if formed else 1)
-        needed = dense if route == "dense" else sweep_cost(self.program, settings).bytes
+            costs = self.costs(settings)
+            if not all(settings.epsilons(1)):
+                costs.pop("gram", None)  # it divides by ε
+            # large products: 4 to 13 times as many operations a second as in a sweep
+            rates = {"sweep": 1.0, "dense": 6.0 if self.gauss_newton and self._has_tangents else 1.0, "gram": 6.0}
+            route = min(costs, key=lambda name: costs[name].operations / rates[name])
+        needed = self._bytes(route, settings) / (2 if formed and route != "sweep" else 1)
         free = free_bytes(self.device)
         if needed > free:
             raise MemoryError(
@@ -330,6 +348,12 @@ class Network(NamedTuple):
                 f"{free / 1e9:.3g} GB free. {self._what_fits(settings, route, free)}"
             )
         return route
+
+    def _bytes(self, route: str, settings: Settings) -> float:
+        if route == "dense":  # which needs no operations, whose derivatives may be wrong
+            return self._dense_bytes()
+        gram = self._gram_cost() if route == "gram" else None
+        return sweep_cost(self.program, settings).bytes if gram is None else gram.bytes
 
     def _what_fits(self, settings: Settings, route: str, free: float) -> str:
         """The other options that need less memory than is free."""
@@ -344,8 +368,8 @@ class Network(NamedTuple):
         fits = [
             name for name, new in changes.items() if new != settings and sweep_cost(self.program, new).bytes <= free
         ]
-        if route == "sweep" and self._dense_bytes() <= free:
-            fits.append("route='dense'")
+        others = [name for name in self.costs(settings) if name not in ("sweep", route)]
+        fits += [f"route={name!r}" for name in others if self._bytes(name, settings) <= free]
         return f"What fits: {'; '.join(fits)}" if fits else "Use fewer samples, or freeze parameters"
 
     def factor(self, settings: Settings, formed: object, definite_only: bool) -> tuple[Factor, object]:
@@ -353,6 +377,8 @@ class Network(NamedTuple):
             H = formed if isinstance(formed, Tensor) else self.dense()
             vector = self.damping_vector(settings.damping)
             return factor_dense(H.clone(), vector, settings.damping, definite_only), H
+        if settings.route == "gram":
+            return self._gram_factor(settings, formed, definite_only)
         epsilons = dict(zip(self.parameters, settings.epsilons(len(self.parameters)), strict=True))
         separate = any(
             len({epsilons[name] for name in operation.parameters}) > 1
@@ -364,6 +390,19 @@ class Network(NamedTuple):
         if settings.precision == "mixed":
             program = program.in_float32()
         return GraphSweep(program, epsilons, definite_only=definite_only, keep=settings.keep, starts=starts), None
+
+    def _gram_factor(
+        self, settings: Settings, formed: object, definite_only: bool
+    ) -> tuple[GramFactor, ScaledJacobian]:
+        root, program = self._root(), self.program
+        assert root is not None, "checked with the route"
+        if settings.precision == "mixed":
+            root, program = root.float(), program.in_float32()
+        jacobian = formed if isinstance(formed, ScaledJacobian) else scaled_jacobian(program, root)
+        factor = GramFactor(jacobian, settings.epsilons(len(self.parameters)))
+        if definite_only and factor.num_negative:
+            raise NotPositiveDefinite(0)
+        return factor, jacobian
 
     def share_done(self, index: int) -> float:
         operations = [step.operations for step in step_costs(self.program)]  # last operation first
