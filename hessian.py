@@ -311,8 +311,9 @@ def _activation_derivatives(model: DeepMLPWithTracking, h: Sequence[Tensor]) -> 
 def _checked_derivatives(model: DeepMLPWithTracking, loss: Tensor) -> tuple[LayerDerivatives, ...]:
     """The derivatives, after every check that `loss` is the tracked one and still that of the parameters."""
     check_model(model, DeepMLPWithTracking)
-    check_tracked(model._tracked, loss, list(model.parameters()))
-    check_trainable(model.parameters())
+    parameters = list(model.parameters())
+    check_tracked(model._tracked, loss, parameters)
+    check_trainable(parameters)
     return _derivatives_of(model, as_one_batch(model._tracked))
 
 

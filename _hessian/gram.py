@@ -197,7 +197,8 @@ def _state_group(inputs: Tensor, outputs: Tensor, Omega: Tensor, rho: float, wid
         A.diagonal(dim1=1, dim2=2).add_(of_A)
         C = torch.linalg.cholesky(A)
     F = torch.linalg.cholesky(Omega)
-    outputs = torch.linalg.solve_triangular(F, outputs, upper=False).contiguous()  # `transpose` sums over K
+    eye = torch.eye(F.shape[2], dtype=F.dtype, device=F.device)
+    outputs = torch.linalg.solve_triangular(F, eye, upper=False) @ outputs  # of the outputs it would make two copies
     return _LayerGroup(_solve_right(C.mT, inputs, upper=True), outputs, F, C, width)
 
 

@@ -72,13 +72,16 @@ class NewtonStep:
         self.all_samples = self.options.uses_all_samples(problem.num_samples)
         self.converged = self.stalled = False
         self.num_dampings = 0  # tried
-        # as a rule no other batch has the same f; this one's is rounded otherwise than among many trials
-        self.same_data = math.isclose(self.before, state["value"], rel_tol=1e-3)
 
     @cached_property
     def before(self) -> float:
         """f without a step."""
         return float(self.objective(self.objective.theta[None]))
+
+    @cached_property
+    def same_data(self) -> bool:
+        """Whether f is as the last step left it, but for rounding. As a rule no other batch has the same f."""
+        return math.isclose(self.before, self.state["value"], rel_tol=1e-3)
 
     @cached_property
     def gauss_newton(self) -> Systems:
@@ -101,8 +104,7 @@ class NewtonStep:
     def run(self) -> None:
         state, curvature = self.state, self.options.curvature
         state["step"] += 1
-        if not self.same_data:
-            state["exact"], state["objectives"] = False, []
+        state["exact"] = state["exact"] and self.same_data
         if self.gradient_norm <= self.options.gtol:
             self._stationary_step()
         elif curvature == "hessian" or (curvature == "auto" and state["exact"] and self.all_samples):
@@ -113,8 +115,9 @@ class NewtonStep:
     # --------------------------------------------------------------------------------------------- Gauss–Newton
 
     def _gauss_newton_step(self) -> None:
-        state, progress = self.state, [*self.state["objectives"], self.before][-(PATIENCE + 1) :]
-        accepted = self._finish("gauss_newton", self._search(self.gauss_newton))
+        state, trial = self.state, self._search(self.gauss_newton)  # f comes with the trials
+        progress = [*(state["objectives"] if self.same_data else []), self.before][-(PATIENCE + 1) :]
+        accepted = self._finish("gauss_newton", trial)
         slow = len(progress) > PATIENCE and self.before > (1 - LEAST_PROGRESS) * progress[0]
         state["objectives"] = progress
         if self.options.curvature == "auto" and (not accepted or (slow and self.problem.may_leave_residual)):
@@ -182,6 +185,7 @@ class NewtonStep:
 
     def _stationary_step(self) -> None:
         """Where ‖g‖ ≤ gtol: no step at a minimum, a step along negative curvature at a saddle."""
+        self.state["objectives"] = []
         certified = self._is_second_order_point() if self._may_factorize_hessian() else None
         self.converged = certified is not False
         if self.converged or self.options.curvature == "gauss_newton":
@@ -226,4 +230,4 @@ class NewtonStep:
                 # in the parameters' dtype, as load_state_dict would leave it
                 self.state["last"] = step.to(self.parameters[0], copy=True)
             for p, piece in zip(self.parameters, step.split([p.numel() for p in self.parameters]), strict=True):
-                p.copy_(p + piece.view_as(p))  # the sum in float64
+                p.add_(piece.view_as(p))  # the sum in float64
