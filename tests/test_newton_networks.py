@@ -225,7 +225,7 @@ def test_wrong_use():
     with pytest.raises(ValueError, match="is for DeepMLPWithTracking: pass route='auto'"):
         DampedNewton(model, route="gram")
     optimizer = DampedNewton(model)
-    with pytest.raises(TypeError, match="estimate_cost tells"):
+    with pytest.raises(TypeError, match="call hessian.estimate_cost"):
         optimizer.estimate_step(6)
     with pytest.raises(ValueError, match="needed as one batch: call model"):
         optimizer.step(lambda: model.track_batches(DataLoader(TensorDataset(x, y), batch_size=2)))
