@@ -15,6 +15,9 @@ G is the Gauss–Newton matrix JᵀΛJ. λ > 0 is the damping, D the metric, a >
     repeat  solve for x; f at θ + a x for a = ¼, ½, 1, 2, 4, in one forward pass; λ ← 10 λ
     until   one of them lowers f; take the lowest; λ ← λ/a² (λ/a where x was not solved for exactly)
 
+With metric='state' by the Gram route, and without an L2 term, another λ costs little. There, where f falls by less than
+a fifth, λ/10, λ/100, … are tried too, as long as f falls further.
+
 A step is good as long as the linearization of the network holds. In a deep network that ends when the pre-activations
 of some layer change too much. A short change of the parameters can do that, and a long one need not. So D measures the
 change of activations (metric='state').
@@ -93,10 +96,10 @@ class DampedNewton(torch.optim.Optimizer):
     the ratio of their mean eigenvalues, Ω_ℓ's to A_ℓ's.
 
     Cost of a step with k samples and K = C − 1 (or C). By the Gram route: 2 (kK)² Σa operations for a matrix, and
-    (kK)³/3 for each λ tried, of which there is one as a rule. By a factorization: one for each λ. For the trials: five
-    forward passes on the whole batch. For each iteration of conjugate gradients: 4 forward passes, and two vectors of
-    all parameters kept; from step to step, one vector. For each quasi-Newton step: a gradient, a solve, three trials.
-    `estimate_step` tells it before.
+    (kK)³/3 for each λ tried, of which there is one as a rule. By a factorization: one for each λ. For the trials of a
+    λ: five forward passes on the whole batch. For each iteration of conjugate gradients: 4 forward passes, and two
+    vectors of all parameters kept; from step to step, one vector. For each quasi-Newton step: a gradient, a solve,
+    three trials. `estimate_step` tells it before.
 
     A wide first layer, of 2²⁰ weights or more and with four times more inputs than samples, is restricted to what a
     step can change in it. The steps are the same, except with metric='state' by the Gram route.
@@ -193,7 +196,7 @@ class DampedNewton(torch.optim.Optimizer):
     def estimate_step(self, batch_size: int, num_dampings: int = 1, ranks: int = 1) -> StepCost:
         """What a step on a batch of this size takes, before it is taken. The model may be one on the meta device.
 
-        num_dampings: λ that it tries (`report.num_trials`): one, and another each time that f does not fall.
+        num_dampings: λ that it tries (`report.num_trials`): one, and others where f does not fall, or falls little.
         Quasi-Newton steps after one with the exact Hessian are not counted.
         """
         return estimate_step_cost(self._chain(), self._options(), batch_size, num_dampings, ranks)

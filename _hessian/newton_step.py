@@ -125,29 +125,47 @@ class NewtonStep:
                 state["exact"], state["objectives"], self.stalled = True, [], False
 
     def _search(self, systems: Systems) -> Trial | None:
-        """The lowest f over a few lengths. λ is raised until f falls; the length sets λ for the next step.
+        """The lowest f over a few lengths. λ is raised until f falls. Then the length sets λ for the next step.
 
         A longer step wants a smaller λ: λ/a², or λ/a where the system was not solved exactly.
         """
         damping = max(self.state["damping"], SMALLEST_DAMPING)
         best: Trial | None = None
         while damping <= LARGEST_DAMPING:
-            self.num_dampings += 1
-            solution = systems.solve(damping)
-            if solution is not None:
-                steps = [(solution.step(a), damping, a) for a in LENGTHS]
-                if solution.bend is not None:
-                    steps += [(solution.bent_step(a), damping, a) for a in LENGTHS]
-                best = self._lowest(steps)
+            trial = self._try(systems, damping)
+            if trial is not None:
+                best = trial
                 if best.value < self.before:
-                    self._set_damping(damping * best.length**-systems.exponent)
+                    if systems.tries_smaller:
+                        best = self._lower_damping(systems, best)
+                    self._set_damping(best.damping * best.length**-systems.exponent)
                     return best
-                if not -0.5 * float(self.problem.gradient @ solution.x) > ROUNDING * abs(self.before):
+                if not -0.5 * float(self.problem.gradient @ best.step[0][1]) > ROUNDING * abs(self.before):
                     self._set_damping(0.01 * self.state["damping"])  # a larger λ promises even less
                     return best
             damping *= 10
         self._set_damping(100 * self.state["damping"])  # λ was that of other data
         return best
+
+    def _lower_damping(self, systems: Systems, best: Trial) -> Trial:
+        """Lower λ as long as f falls further, until it has fallen by a fifth. A plateau may want a far smaller one."""
+        while best.value > 0.8 * self.before:
+            trial = self._try(systems, 0.1 * best.damping)
+            if trial is None or not trial.value < best.value:
+                break
+            best = trial
+        return best
+
+    def _try(self, systems: Systems, damping: float) -> Trial | None:
+        """The lowest f over a few lengths. None where there is no solution at this λ."""
+        self.num_dampings += 1
+        solution = systems.solve(damping)
+        if solution is None:
+            return None
+        steps = [(solution.step(a), damping, a) for a in LENGTHS]
+        if solution.bend is not None:
+            steps += [(solution.bent_step(a), damping, a) for a in LENGTHS]
+        return self._lowest(steps)
 
     def _set_damping(self, damping: float) -> None:
         self.state["damping"] = min(max(damping, SMALLEST_DAMPING), LARGEST_DAMPING)

@@ -34,6 +34,7 @@ class Systems(Protocol):
     """(G + cI + λD) x = −g for any λ."""
 
     exponent: int  # a step of length a asks for λ a^−exponent
+    tries_smaller: bool  # smaller λ are tried as well, where f falls little
 
     def solve(self, damping: float) -> Solution | None:
         """None where it fails: λ is too small for the rounding."""
@@ -71,6 +72,8 @@ class GramSteps:
 
     def __init__(self, problem: Problem):
         self.problem = problem
+        # with an L2 term each λ has its own matrix. With 'parameter' more λ cost more than they save
+        self.tries_smaller = problem.options.metric == "state" and not problem.options.weight_decay
 
     @cached_property
     def system(self) -> GramSystem:
@@ -117,7 +120,7 @@ class FactoredSteps:
     With the exact Hessian I did as well: where it serves, near a minimum, layers' changes should cancel each other.
     """
 
-    exponent = 2
+    exponent, tries_smaller = 2, False
 
     def __init__(self, problem: Problem, curvature: str):
         self.problem, self.curvature = problem, curvature
@@ -170,7 +173,7 @@ class ConjugateGradients:
     one iteration.
     """
 
-    exponent = 2
+    exponent, tries_smaller = 2, False
 
     def __init__(self, problem: Problem, sub_batch: GramSteps | FactoredSteps, first: Tensor | None):
         self.problem, self.sub_batch, self.first = problem, sub_batch, first

@@ -26,6 +26,7 @@ class Scan:
         model, x, y = Case((6, 5), 14, inputs=4).build()
         optimizer = DampedNewton(model)
         self.state, self.exponent, self.asked = state_of(optimizer), exponent, list[float]()
+        self.tries_smaller = False
         self.step: NewtonStep = step_of(optimizer, closure_of(model, x, y))
         self.gradient, self._solve = self.step.problem.gradient, solve or (lambda g, damping: Solution(-g / damping))
 
@@ -67,6 +68,21 @@ def test_damping_is_raised_until_the_objective_falls():
 def test_damping_is_raised_where_the_system_is_not_solved():
     scan = Scan(solve=lambda g, damping: None if damping < 50 else Solution(-g / damping))
     assert scan.search(1.0).damping == 100.0 and scan.asked == [1.0, 10.0, 100.0]
+
+
+@pytest.mark.parametrize("least", (0.0, 3e3))
+def test_damping_is_lowered_while_the_objective_falls_little(least):
+    """Until it falls by a fifth, or no further. least: λ below give a step uphill."""
+    scan = Scan(solve=lambda g, damping: Solution(-g / damping if damping > least else g))
+    scan.tries_smaller = True
+    best = scan.search(1e5)
+    assert scan.asked == pytest.approx([1e5 / 10**i for i in range(len(scan.asked))])
+    values = [float(scan.values(damping).min()) / scan.step.before for damping in scan.asked if damping > least]
+    assert values == sorted(values, reverse=True) and len(values) > 1 and values[-2] > 0.8
+    assert (values[-1] > 0.8 and len(values) == len(scan.asked) - 1) if least else values[-1] <= 0.8
+    assert best.value == pytest.approx(values[-1] * scan.step.before) and scan.step.num_dampings == len(scan.asked)
+    assert best.damping == scan.asked[len(values) - 1]
+    assert scan.state["damping"] == pytest.approx(best.damping / best.length**2)
 
 
 def test_damping_where_nothing_is_found():
