@@ -1,7 +1,7 @@
 """Solve (H + εI) x = v exactly, H the full Hessian of a network's loss.
 
-`TrackedNetwork` takes any network (_hessian/graph_elimination.py). This file derives and solves the simplest case,
-`DeepMLPWithTracking`: fully connected layers in a chain.
+One elimination solves every network (_hessian/elimination.py). `TrackedNetwork` takes any. This file derives the
+simplest case, `DeepMLPWithTracking`: fully connected layers in a chain, each one operation (_hessian/chain.py).
 
 The loss is the mean over a batch of N samples. H is P × P for P parameters, symmetric, and almost always indefinite. It
 is never formed. A change X_ℓ of every layer's weights changes the pre-activations to first order by s_ℓ and the
@@ -66,8 +66,7 @@ Tassa, Erez & Todorov (2012), state damping; Pearlmutter (1994), products with H
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from itertools import groupby
 
@@ -97,8 +96,8 @@ from _hessian.argument_checks import (
     checked_vector,
     checked_widths,
 )
-from _hessian.carried_pivots import SweepInputs, carry, prepare, with_carried
-from _hessian.checkpoints import Checkpoints, Memory, even_starts
+from _hessian.chain import ChainProgram, chain_program
+from _hessian.checkpoints import even_starts
 from _hessian.costs import (
     RouteCost,
     prefers_many_classes,
@@ -108,6 +107,7 @@ from _hessian.costs import (
 )
 from _hessian.data_sets import DataSet, TracksLosses, as_rows
 from _hessian.dense import dense_hessian, factor_dense
+from _hessian.elimination import Sweep
 from _hessian.factorization import (
     Chain,
     Factor,
@@ -120,7 +120,6 @@ from _hessian.factorization import (
 from _hessian.gram import GramFactor, ScaledJacobian
 from _hessian.layers import (
     LayerDerivatives,
-    NotPositiveDefinite,
     OutputHessian,
     SingularHessianError,
     TrackedBatch,
@@ -133,14 +132,10 @@ from _hessian.layers import (
     with_skip,
 )
 from _hessian.losses import loss_derivatives, loss_value
-from _hessian.many_classes import eliminate_many_classes
 from _hessian.network import TrackedNetwork, network_system, operations_of, resized
 from _hessian.operations import Operation, OperationDerivatives
-from _hessian.pivots import CostToGo, Count, DensePivot, Eliminated, Pivot, output_cost_to_go, singular_pivot
-from _hessian.reduced_parameters import Reduced, assemble_solution, split_right_hand_side
 from _hessian.refinement import MinimumNorm, minimum_norm
 from _hessian.settings import Settings
-from _hessian.symmetric_factor import BLOCK, factor_symmetric, mirror, subtract_gram
 
 __all__ = [
     "ACTIVATIONS",
@@ -367,268 +362,6 @@ def hessian_vector_product(
     return system.product(columns).reshape(v.shape).to(v.dtype)
 
 
-# ---------------------------------------------------------------------------------------- one layer eliminated
-
-
-def _eliminate_layer(
-    layers: Sequence[LayerDerivatives],
-    inputs: SweepInputs,
-    epsilons: Sequence[float],
-    many_classes: bool,
-    index: int,
-    above: CostToGo | None,
-    memory: Memory,
-    definite_only: bool = False,
-) -> tuple[Pivot, Count, CostToGo | None]:
-    """One step of the backward sweep: the pivot of layer `index`, what it counts, and the cost-to-go below it.
-
-    The matrix of `above` is overwritten. definite_only: raise NotPositiveDefinite where a pivot is not.
-    """
-    layer, reduced, epsilon = layers[index], inputs.reduced[index], epsilons[index]
-    (a, width), (N, r) = layer.weight.shape, reduced.rows.shape
-    perpendicular = a * (layer.inputs.shape[1] - r)  # dimensions of X⊥
-    if perpendicular and epsilon == 0:
-        raise singular_pivot(index, epsilon, f"{perpendicular} directions of its weights don't act on this batch")
-    if many_classes and above is None:
-        found = eliminate_many_classes(layer, reduced, epsilon, index)
-    else:
-        found = _eliminate_dense(layer, inputs, epsilon, index, above, memory, definite_only)
-    negative, logabsdet, carried = found.negative, found.logabsdet, found.pivot.carried
-    if carried is not None and carried.outside is not None:
-        perpendicular -= carried.outside.size
-    if epsilon < 0:
-        negative += perpendicular
-    if perpendicular:
-        logabsdet += perpendicular * math.log(abs(epsilon))
-    if definite_only and negative:
-        raise NotPositiveDefinite(index)
-    if not math.isfinite(logabsdet):
-        raise singular_pivot(index, epsilon, "its pivot is singular, or overflowed")
-    count, P = Count(negative, logabsdet), found.P
-    if P is None:
-        return found.pivot, count, None
-    mirror(P)
-    if reduced.outside is not None:  # − (λλᵀ) ⊗ (I − QQᵀ)/ε, without the bias, and without what is carried
-        adjoint = layer.adjoint if carried is None else carried.remaining(layer.adjoint)
-        P.view(N, width, N, width).addcmul_(
-            (adjoint @ adjoint.mT)[:, None, :, None], reduced.outside[:, None, :], value=-1 / epsilon
-        )
-    return found.pivot, count, CostToGo(P, found.waiting, found.definite)
-
-
-def _eliminate_dense(
-    layer: LayerDerivatives,
-    inputs: SweepInputs,
-    epsilon: float,
-    index: int,
-    above: CostToGo | None,
-    memory: Memory,
-    definite_only: bool,
-) -> Eliminated:
-    """By a factorization of G: P ← P − BᵀG⁻¹B."""
-    definite = above is None or above.definite
-    G, B, P = _form_pivot(layer, inputs.reduced[index], epsilon, index, above, memory)
-    factor = factor_symmetric(G, epsilon, definite_only=definite_only, definite_first=definite)
-    if factor is None and definite_only:
-        raise NotPositiveDefinite(index)
-    if factor is None:
-        raise singular_pivot(index, epsilon, "its pivot is exactly singular")
-    negative, logabsdet = factor.num_negative, factor.logabsdet
-    definite = definite and negative == 0
-    if B is None or P is None:
-        return Eliminated(DensePivot(factor, None, None), negative, logabsdet, None, None, definite)
-    W = factor.whiten(B)
-    del B
-    carried, waiting = carry(layer, inputs, index, epsilon, factor, W)
-    if carried is not None and waiting is not None:  # its rows count below
-        values = waiting.values[: len(carried.rows)]
-        negative -= int((values < 0).sum())
-        logabsdet -= float(values.abs().log().sum())
-    W = subtract_gram(P, W, factor.signs)
-    return Eliminated(DensePivot(factor, W, carried), negative, logabsdet, P, waiting, definite)
-
-
-def _form_pivot(
-    layer: LayerDerivatives,
-    reduced: Reduced,
-    epsilon: float,
-    index: int,
-    above: CostToGo | None,
-    memory: Memory,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """G, B, and the cost-to-go before layer ℓ's parameters are eliminated, TᵀPT + AᵀDA; that above is overwritten.
-
-    Row (q, i) of G and B is entry Y[i, q], after them come those of what waited; row (b, i) of P and K is entry [b, i]
-    of t_ℓ. Layer 1 needs only G.
-    """
-    if above is None:
-        G, B, P = _form_output_pivot(layer, reduced.rows, epsilon, index)
-    else:
-        G, B, P = _form_hidden_pivot(layer, reduced.rows, epsilon, index, above, memory)
-        if above.waiting is not None:
-            G, B = with_carried(layer, reduced.rows, above.waiting, G, B)
-    if B is None:
-        return G, None, None
-    # S: Y[i, q] meets t[b, k] by λ[b, i] Q[k, q]
-    (a, width), (N, r) = layer.weight.shape, reduced.rows.shape
-    S = B[: r * a].view(r, a, N, width)
-    if reduced.basis is None:
-        S.diagonal(dim1=0, dim2=3)[:, :, :width].add_(layer.adjoint.mT[:, :, None])
-    else:
-        S.addcmul_(layer.adjoint.mT[:, :, None], reduced.basis[:width].mT[:, None, None, :])
-    return G, B, P
-
-
-def _form_output_pivot(
-    layer: LayerDerivatives, R: Tensor, epsilon: float, index: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """G, B without S, and P, from K = Λ."""
-    W, output = layer.weight, layer.loss_hessian
-    (a, width), (N, r) = W.shape, R.shape
-    Lambda = output.apply(torch.eye(a, dtype=W.dtype, device=W.device)[:, None, :].expand(a, N, a))
-    outer = (R[:, :, None] * R[:, None, :]).flatten(1)  # (N, r r)
-    G = (outer.mT @ Lambda.transpose(0, 1).flatten(1)).view(r, r, a, a).transpose(1, 2).reshape(r * a, r * a)
-    G.diagonal().add_(epsilon)
-    if index == 0:
-        return G, None, None
-    B = torch.einsum("bq,bik->qibk", R, output.times(W)).reshape(r * a, N * width)
-    return G, B, output_cost_to_go(layer)
-
-
-def _form_hidden_pivot(
-    layer: LayerDerivatives, R: Tensor, epsilon: float, index: int, above: CostToGo, memory: Memory
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """G, B without S, and P, from K = φ′P φ′ + diag(β φ″)."""
-    W, slope, P, first = layer.weight, layer.slope.flatten(), above.P, index == 0
-    (a, width), (N, r) = W.shape, R.shape
-    n, n_below = N * a, N * width
-    slope_P = slope[:, None] * P if layer.skip and not first else None  # φ′P
-    K = P.mul_(slope[:, None]).mul_(slope) if slope_P is None else slope_P * slope
-    K.diagonal().add_(layer.curvature.flatten())
-    JK = torch.mm(R.mT, K.view(N, a * n), out=memory.temporary(K, r, a * n))
-    G = memory.pivot("G", index, K, r * a, r * a)
-    torch.bmm(R.mT.expand(r * a, r, N), JK.view(r * a, N, a), out=G.view(r * a, r, a))
-    G.diagonal().add_(epsilon)
-    if first:
-        return G, None, None
-    KA = torch.mm(K.view(n * N, a), W, out=memory.temporary(K, n * N, width)).view(n, n_below)
-    # where that fits, in the memory of K, which is done with
-    below = K if n_below == n and slope_P is None else K.new_empty(n_below, n_below)
-    torch.bmm(W.mT.expand(N, width, a), KA.view(N, a, n_below), out=below.view(N, width, n_below))
-    if slope_P is not None:  # a = a′: TᵀPT + AᵀDA = AᵀKA + σ(Aᵀφ′P + Pφ′A) + σ²P
-        cross = (W.mT @ slope_P.view(N, a, n)).view(n, n)
-        below += layer.skip * (cross + cross.mT)
-        below.add_(P, alpha=layer.skip**2)
-        KA.add_(slope_P, alpha=layer.skip)
-    # a small factor whitens it into new memory
-    B = memory.pivot("B", index, K, r * a, n_below) if r * a > BLOCK else K.new_empty(r * a, n_below)
-    torch.mm(R.mT, KA.view(N, a * n_below), out=B.view(r, a * n_below))
-    return G, B, below
-
-
-class _Sweep:
-    """The result of the backward sweep: its counts, and its pivots for solves.
-
-    solvable: keep the pivots. checkpoint: recompute them in each solve instead.
-    """
-
-    @torch.inference_mode()  # what torch does beside the arithmetic is a third of a small network's time
-    def __init__(
-        self,
-        layers: Sequence[LayerDerivatives],
-        epsilons: Sequence[float],
-        inputs: SweepInputs | None,
-        many_classes: bool,
-        *,
-        definite_only: bool = False,
-        solvable: bool = True,
-        checkpoint: bool = False,
-    ):
-        self.layers, self.epsilons = layers, epsilons
-        self.inputs = prepare(layers) if inputs is None else inputs
-        eliminate = partial(_eliminate_layer, layers, self.inputs, epsilons, many_classes)
-        self._pivots: list[Pivot] = []  # last layer first
-        self._checkpoints = Checkpoints(eliminate, even_starts(len(layers))) if checkpoint else None
-        self.num_negative, self.logabsdet, above = 0, 0.0, None
-        keeps = solvable and not checkpoint
-        memory = Memory(None if keeps else 1)
-        for index in range(len(layers) - 1, -1, -1):
-            if self._checkpoints is not None:
-                self._checkpoints.keep(index, above)
-            pivot, count, above = eliminate(index, above, memory, definite_only)
-            if keeps:
-                self._pivots.append(pivot)
-            del pivot  # or it would live on while the next one is made
-            self.num_negative, self.logabsdet = self.num_negative + count.negative, self.logabsdet + count.logabsdet
-
-    def downward(self) -> Iterator[Pivot]:
-        """The pivots, last layer first."""
-        return iter(self._pivots) if self._checkpoints is None else self._checkpoints.downward()
-
-    def upward(self) -> Iterator[Pivot]:
-        """The pivots, first layer first."""
-        return reversed(self._pivots) if self._checkpoints is None else self._checkpoints.upward()
-
-    def solve(self, v: Tensor) -> Tensor:
-        """(H + εI)⁻¹v for v (P, k)."""
-        with torch.inference_mode():
-            x = self._solve(v)
-        return x.clone()  # for use in an autograd graph
-
-    def _solve(self, v: Tensor) -> Tensor:
-        """One backward and one forward sweep. What is carried has its coordinates beside t, and its slope beside p."""
-        layers, reduced = self.layers, self.inputs.reduced
-        V = blocks_of(layers, v)
-        inside, outside, coupled = split_right_hand_side(layers, reduced, V)
-        # gradient of the cost-to-go at 0: in s_ℓ (k, N, a), in t_ℓ (k, N, a), and in w (k, k_w)
-        slope_p = p = p_carried = None
-        states: list[Tensor] = []
-        for index, pivot in zip(range(len(layers) - 1, -1, -1), self.downward(), strict=True):
-            layer, q = layers[index], inside[index]
-            if p is not None:
-                slope_p = layer.slope * p
-                q = q + reduced[index].rows.mT @ slope_p
-            q = q.flatten(1) if p_carried is None else torch.cat([q.flatten(1), p_carried], 1)
-            state, back, p_carried = pivot.backward(q)
-            states.append(state)
-            if index == 0 or back is None:
-                break
-            back = back.unflatten(1, (-1, layer.weight.shape[1]))  # (k, N, a′)
-            below = -back if slope_p is None else with_skip(layer.skip, slope_p @ layer.weight - back, p)
-            pull, free = coupled[index], outside[index]
-            if pull is not None and free is not None:
-                if pivot.carried is not None and pivot.carried.outside is not None:
-                    pull, of_outside = pivot.carried.outside.split_right_hand_side(layer, V[index], free)
-                    p_carried = of_outside if p_carried is None else torch.cat([p_carried, of_outside], 1)
-                below = torch.add(below, pull, alpha=1 / self.epsilons[index])
-            p = below
-        del pivot  # its memory is used again
-        return self._roll_out(states[::-1], outside)
-
-    def _roll_out(self, states: Sequence[Tensor], outside: Sequence[Tensor | None]) -> Tensor:
-        """The forward sweep: x (P, k) from what the backward one left of each layer, first layer first."""
-        layers, reduced = self.layers, self.inputs.reduced
-        Y: list[Tensor] = []
-        inputs: list[Tensor | None] = []  # t_{ℓ-1}
-        t = w = None
-        insert_carried = {}
-        for index, (pivot, state) in enumerate(zip(self.upward(), states, strict=True)):
-            layer, rows = layers[index], reduced[index].rows
-            solved = pivot.forward(state, None if t is None else t.flatten(1), w)  # (k, r a and what waited)
-            carried = pivot.carried
-            if carried is not None and carried.outside is not None and w is not None:
-                insert_carried[index] = partial(carried.outside.replace, Z=w[:, len(carried.rows) :])
-            r, a = rows.shape[1], layer.weight.shape[0]
-            y, w = solved.tensor_split((r * a,), 1)
-            y = y.unflatten(1, (r, a))  # (k, r, a)
-            Y.append(y.mT)
-            inputs.append(t)
-            s = rows @ y if t is None else rows @ y + t @ layer.weight.mT  # z̃ X⊥ᵀ = 0
-            t = with_skip(layer.skip, layer.slope * s, t)
-        X = assemble_solution(layers, reduced, self.epsilons, Y, outside, inputs, insert_carried)
-        return flatten_blocks(layers, X)
-
-
 # ------------------------------------------------------------------------------------------ factor and solve
 
 
@@ -645,16 +378,11 @@ def _factor(
     if settings.route == "gram":
         jacobian = formed if isinstance(formed, ScaledJacobian) else ScaledJacobian.of_chain(rounded)
         return GramFactor(jacobian, epsilons), jacobian
-    sweep = _Sweep(
-        rounded,
-        epsilons,
-        formed if isinstance(formed, SweepInputs) else None,
-        prefers_many_classes(shapes_of_layers(layers), len(layers[0].inputs)),
-        definite_only=definite_only,
-        solvable=settings.keep != "inertia",
-        checkpoint=settings.checkpoint_layers,
-    )
-    return sweep, sweep.inputs
+    many_classes = prefers_many_classes(shapes_of_layers(layers), len(layers[0].inputs))
+    program = formed if isinstance(formed, ChainProgram) else chain_program(rounded, many_classes)
+    by_value = {x.own: epsilon for x, epsilon in zip(program.operations, epsilons, strict=True)}
+    starts = even_starts(len(layers)) if settings.checkpoint_layers and settings.keep == "solve" else ()
+    return Sweep(program, by_value, definite_only=definite_only, keep=settings.keep, starts=starts), program
 
 
 _SOLVER = Solver(_product, _dense_hessian, _factor)

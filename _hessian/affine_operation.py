@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from _hessian.checkpoints import Memory
 from _hessian.graph import AffineNode, Value
-from _hessian.operations import ALL, Blocks, Rounding, total
+from _hessian.operations import ALL, Blocks, Operation, total
+from _hessian.reduced_parameters import Reduced, add_coupling, reduced_rows, subtract_outside
+from _hessian.state import State
 
 
-class Affine(Rounding):
+class Affine(Operation):
     """h = z Wᵀ + b in rows: T a sample, G groups of channels. z̃ (G, N T, d) are its inputs, unfolded, with a one for b.
 
     W and b are values, and inputs of the operation like z. Those that are used here alone are one value together, in
@@ -37,12 +40,10 @@ class Affine(Rounding):
         self.parameters = [name for name in node.reduced if name is not None]
         self.R = self.Q = None
         if parts:
-            z = torch.cat(parts, 2)
-            self.R = z
-            if z.shape[1] < z.shape[2]:
-                Q, R = torch.linalg.qr(z.mT)
-                self.R, self.Q = R.mT.contiguous(), Q  # (G, N T, r), (G, d, r)
+            self.R, self.Q = reduced_rows(torch.cat(parts, 2))  # (G, N T, r), (G, d, r)
         self.d = sum(part.shape[2] for part in parts)
+        if self.Q is not None:
+            self.num_outside = self.groups * self.adjoint.shape[2] * (self.d - self.Q.shape[2])
         size = 0 if self.R is None else self.R.shape[2] * self.adjoint.shape[2] * self.groups  # m = G r a
         self.own = Value(f"{node.output.name}.parameters", torch.Size([size]), None, 1) if size else None  # Y
         self.inputs = tuple(x for x in (node.inputs, weight_value, bias_value, self.own) if x is not None)
@@ -176,11 +177,11 @@ class Affine(Rounding):
         if self.live[0] is not None:
             self._add_product(blocks(0, 1))
         if self.couples:
-            S, Q, (G, rows, a) = blocks(len(self.inputs) - 1, 0), self._weight_part(), self.adjoint.shape
+            S, (G, rows, a) = blocks(len(self.inputs) - 1, 0), self.adjoint.shape
             if not self.is_convolution:
-                coupling = S.view(Q.shape[2], a, rows, self.width)
-                coupling.addcmul_(Q[0].T[:, None, None, :], self.adjoint[0].T[None, :, :, None])
+                add_coupling(S, self.adjoint[0], None if self.Q is None else self.Q[0], self.width)
                 return
+            Q = self._weight_part()
             T = Q.new_zeros(G, Q.shape[2], a, G, rows, self.width)
             for g in range(G):
                 T[g, :, :, g] = self.adjoint[g].T[None, :, :, None] * Q[g].T[:, None, None, :]
@@ -219,18 +220,34 @@ class Affine(Rounding):
         unit = torch.eye(self.width, self.d, dtype=self.R.dtype, device=self.R.device)
         return unit.expand(self.groups, -1, -1)
 
-    def subtract_outside(self, P: Tensor, epsilon: float) -> None:
-        """P −= (λλᵀ) ⊗ (I − QQᵀ)/ε, folded: what X⊥ adds to the cost-to-go P (n_z, n_z) of z."""
-        if self.Q is None or not self.couples:
+    @property
+    def reduced(self) -> Reduced | None:
+        if self.own is None:
+            return None
+        width = self.width if self.couples else 0
+        return Reduced([self.own], [self.z], self.Q, self.adjoint, width, self.unfold_tangent, self.fold)
+
+    def pull_back_both(self, P: Tensor, state: State, memory: Memory) -> None:
+        own, others = self.own, [value for value in self.inputs if value != self.own]
+        if own is not None:
+            PJ = self.to_parameters(self.to_rows(P))
+            state.add(own, own, self.to_parameters_from_left(PJ))
+            del PJ
+        for i, part in enumerate(self.pull_back(P, slice(len(others)))):
+            if own is not None:
+                state.add(own, others[i], self.to_parameters_from_left(part))
+            blocks = self.pull_back(part.mT.contiguous(), slice(i, len(others)))
+            for value, block in zip(others[i:], blocks, strict=True):
+                state.add(others[i], value, block)
+
+    def eliminate_outside(self, epsilon: float, state: State) -> None:
+        if self.Q is None or self.z is None or not self.couples:
             return
-        G, rows, a = self.adjoint.shape
+        P, (G, rows, a) = state.block(self.z, self.z), self.adjoint.shape
         if not self.is_convolution:
             Q = self.Q[0, : self.width]
-            outside = torch.eye(self.width, dtype=Q.dtype, device=Q.device) - Q @ Q.mT
-            similarity = self.adjoint[0] @ self.adjoint[0].mT
-            P.unflatten(1, (rows, -1)).unflatten(0, (rows, -1)).addcmul_(
-                similarity[:, None, :, None], outside[:, None, :], value=-1 / epsilon
-            )
+            unit = torch.eye(self.width, dtype=Q.dtype, device=Q.device)
+            subtract_outside(P, self.adjoint[0], unit - Q @ Q.mT, epsilon)
             return
         free = torch.linalg.qr(self.Q, mode="complete").Q[:, : self.width, self.Q.shape[2] :]
         for g in range(G):
@@ -239,10 +256,6 @@ class Affine(Rounding):
             C[:, :, g] = L.T[:, None, :, None] * free[g].T[None, :, None, :]
             folded = self.fold(C.flatten(0, 1))
             P.addmm_(folded.mT, folded, alpha=-1 / epsilon)
-
-    def num_outside(self) -> int:
-        """The dimensions of X⊥."""
-        return 0 if self.Q is None else self.groups * self.adjoint.shape[2] * (self.d - self.Q.shape[2])
 
     def block(self, pieces: Sequence[Tensor]) -> Tensor:
         """X (k, G, a, d), from one flat tensor (k, ·) for each of its parameters."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, Protocol, Self, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
+from _hessian.state import State
+
 P = TypeVar("P")
-S = TypeVar("S", bound="State")
 
 
 class Memory:
@@ -38,50 +39,45 @@ class Memory:
         return self._slots[key][:size].view(shape)
 
 
+# (index, state above, memory) → pivot, its counts, the state below, each time with the same bits
+Eliminate = Callable[[int, State, Memory], tuple[P, object, State]]
+
+
 def even_starts(num_layers: int) -> range:
     """The highest layers of segments of √L layers, last one first."""
     return range(num_layers - 1, -1, -(math.isqrt(num_layers - 1) + 1))
 
 
-class State(Protocol):
-    """What an elimination goes on from. It may change it in place."""
-
-    def copied(self) -> Self: ...
-
-
-class Checkpoints(Generic[P, S]):
+class Checkpoints:
     """Some of the states of an elimination. A solve recomputes the pivots from these, once on its way down and once up.
 
-    eliminate: (index, state above, memory) → pivot, its counts, the state below, each time with the same bits.
     starts: the highest index of each segment, last layer first. A state is kept at each.
     """
 
-    def __init__(self, eliminate: Callable[[int, S | None, Memory], tuple[P, object, S]], starts: Sequence[int]):
-        self._eliminate = eliminate
+    def __init__(self, starts: Sequence[int]):
         self._stops = dict(zip(starts, [*starts[1:], -1], strict=True))
-        self._states: dict[int, S | None] = {}
+        self._states: dict[int, State] = {}
 
-    def keep(self, index: int, above: S | None) -> None:
+    def keep(self, index: int, above: State) -> None:
         """What layer `index` is eliminated from, if that begins a segment."""
         if index in self._stops:
-            self._states[index] = None if above is None else above.copied()
+            self._states[index] = above.copied()
 
-    def downward(self) -> Iterator[P]:
+    def downward(self, eliminate: Eliminate[P]) -> Iterator[P]:
         """The pivots, last layer first."""
         memory = Memory(1)
         for start in self._stops:
-            yield from self._segment(start, memory)
+            yield from self._segment(eliminate, start, memory)
 
-    def upward(self) -> Iterator[P]:
+    def upward(self, eliminate: Eliminate[P]) -> Iterator[P]:
         """The pivots, first layer first."""
         memory = Memory(max(start - stop for start, stop in self._stops.items()))
         for start in reversed(self._stops):
-            yield from reversed(list(self._segment(start, memory)))
+            yield from reversed(list(self._segment(eliminate, start, memory)))
 
-    def _segment(self, start: int, memory: Memory) -> Iterator[P]:
-        kept = self._states[start]
-        above = None if kept is None else kept.copied()
+    def _segment(self, eliminate: Eliminate[P], start: int, memory: Memory) -> Iterator[P]:
+        above = self._states[start].copied()
         for index in range(start, self._stops[start], -1):
-            pivot, _, above = self._eliminate(index, above, memory)
+            pivot, _, above = eliminate(index, above, memory)
             yield pivot
             del pivot

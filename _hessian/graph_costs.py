@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from _hessian.costs import RouteCost, factor_operations, update_operations, whiten_operations
 from _hessian.graph import Value
-from _hessian.graph_elimination import Program
+from _hessian.program import GraphProgram
 from _hessian.settings import Settings
 
 
@@ -21,7 +21,7 @@ class StepCost(NamedTuple):
     peak: float  # the state, the pivots and temporaries, at the most
 
 
-def step_costs(program: Program) -> list[StepCost]:
+def step_costs(program: GraphProgram) -> list[StepCost]:
     """Last operation first."""
     live, found = {program.output}, []
     for operation, parameters in zip(reversed(program.operations), reversed(program.eliminated), strict=True):
@@ -49,7 +49,7 @@ def _state_numbers(live: set[Value]) -> float:
     return (sum(sizes) ** 2 + sum(size**2 for size in sizes)) / 2
 
 
-def checkpoint_starts(program: Program) -> list[int]:
+def checkpoint_starts(program: GraphProgram) -> list[int]:
     """The operations above which a state is kept, last one first: those that take the least memory."""
     steps = step_costs(program)
     limit, total, plans = max(step.kept for step in steps), sum(step.kept for step in steps), []
@@ -83,7 +83,7 @@ def _segments(steps: Sequence[StepCost], starts: Sequence[int]) -> list[float]:
     return [sum(x.kept for x in steps[i:j]) for i, j in zip(starts, [*starts[1:], len(steps)], strict=True)]
 
 
-def sweep_cost(program: Program, settings: Settings) -> RouteCost:
+def sweep_cost(program: GraphProgram, settings: Settings) -> RouteCost:
     steps = step_costs(program)
     operations, kept = sum(x.operations for x in steps), sum(x.kept for x in steps)
     solve = sum(x.solve_operations for x in steps)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from _hessian.affine_operation import Affine
 from _hessian.costs import RouteCost, factor_operations
 from _hessian.gram import JacobianBlock, OuterProducts, Rows, ScaledJacobian
-from _hessian.graph_elimination import Program
 from _hessian.operations import CHUNK_BYTES, Operation
+from _hessian.program import GraphProgram
 
 
 def convex_root(loss_hessian: Tensor) -> Tensor | None:
@@ -45,7 +45,7 @@ def convex_root(loss_hessian: Tensor) -> Tensor | None:
     return S.flatten(2)
 
 
-def scaled_jacobian(program: Program, root: Tensor) -> ScaledJacobian:
+def scaled_jacobian(program: GraphProgram, root: Tensor) -> ScaledJacobian:
     """Sᵀ times the Jacobian of the outputs, for S (N, C, K): a block for each parameter tensor."""
     N, _, K = root.shape
     found: dict[str, list[JacobianBlock]] = {name: [] for name in program.parameters}
@@ -105,7 +105,7 @@ def _own_blocks(operation: Affine, p: Tensor) -> Mapping[str, JacobianBlock]:
     return dict(zip(operation.parameters, blocks, strict=True))
 
 
-def gram_cost(program: Program, K: int) -> RouteCost:
+def gram_cost(program: GraphProgram, K: int) -> RouteCost:
     """With K scaled outputs a sample."""
     N, P = len(program.loss_hessian), sum(program.parameters.values())
     n, operations, rows = N * K, 0.0, P

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from _hessian.affine_operation import Affine
 from _hessian.graph import Value
-from _hessian.graph_elimination import Program, split_right_hand_side
 from _hessian.operations import Operation
+from _hessian.program import GraphProgram
 
 TANGENT_BYTES = 2**30  # matrices are formed this way within this, else column by column
 
@@ -26,7 +26,7 @@ def _parameters(operation: Operation, value: Value) -> list[str]:
     return operation.parameters if isinstance(operation, Affine) and value == operation.own else [value.name]
 
 
-def _by_first_use(program: Program) -> dict[str, slice]:
+def _by_first_use(program: GraphProgram) -> dict[str, slice]:
     """Places of the parameters in the order of their first use."""
     names = [name for x in program.operations for value in x.inputs for name in _parameters(x, value)]
     places, stop = {}, 0
@@ -35,18 +35,20 @@ def _by_first_use(program: Program) -> dict[str, slice]:
     return places
 
 
-def _own_tangents(operation: Operation, value: Value, program: Program) -> Iterator[tuple[str, Tensor]]:
+def _own_tangents(operation: Operation, value: Value, program: GraphProgram) -> Iterator[tuple[str, Tensor]]:
     """The derivatives (k, n_value) of an input of the operation in each of the parameters that it holds."""
     names = _parameters(operation, value)
     sizes, like = [program.parameters[name] for name in names], program.loss_hessian
     pieces = torch.eye(sum(sizes), dtype=like.dtype, device=like.device).split(sizes, 1)
     tangents = pieces[0]
-    if isinstance(operation, Affine) and value == operation.own:
-        tangents, _ = split_right_hand_side(operation, operation.block(pieces))
+    if isinstance(operation, Affine) and value == operation.own and operation.reduced is not None:
+        coordinates: dict[Value, Tensor] = {}
+        operation.reduced.split(operation.block(pieces).transpose(0, 1), coordinates, {})
+        tangents = -coordinates[value]
     return zip(names, tangents.split(sizes), strict=True)
 
 
-def _tangents(program: Program) -> Iterator[tuple[Operation, Tensor]]:
+def _tangents(program: GraphProgram) -> Iterator[tuple[Operation, Tensor]]:
     """Each operation, and the derivatives (k, n_o) of its output in the k parameters used so far, first use first."""
     places, known, k = _by_first_use(program), dict[Value, Tensor](), 0
     last_use = {value: index for index, x in enumerate(program.operations) for value in x.inputs}
@@ -67,12 +69,12 @@ def _tangents(program: Program) -> Iterator[tuple[Operation, Tensor]]:
         known = {value: t for value, t in known.items() if last_use.get(value, 0) > index}
 
 
-def _is_charged(operation: Operation, program: Program) -> bool:
+def _is_charged(operation: Operation, program: GraphProgram) -> bool:
     """Whether the state damping is on its output."""
     return isinstance(operation, Affine) and operation.output != program.output
 
 
-def gauss_newton_and_state_matrix(program: Program, by_state: bool) -> tuple[Tensor, Tensor]:
+def gauss_newton_and_state_matrix(program: GraphProgram, by_state: bool) -> tuple[Tensor, Tensor]:
     """JᵀΛJ (P, P), and Σ SᵀS (P, P), S the change of the outputs of the affine operations but the last.
 
     by_state: else the second is 0.
@@ -88,7 +90,7 @@ def gauss_newton_and_state_matrix(program: Program, by_state: bool) -> tuple[Ten
     return (J @ scaled.flatten(1).mT)[order[:, None], order], states[order[:, None], order]
 
 
-def tangent_cost(program: Program, by_state: bool) -> TangentCost:
+def tangent_cost(program: GraphProgram, by_state: bool) -> TangentCost:
     P, charged = sum(program.parameters.values()), [x for x in program.operations if _is_charged(x, program)]
     rows = program.output.size + sum(x.output.size for x in charged if by_state)
     forward = sum(x.pull_back_cost for x in program.operations)

@@ -155,26 +155,37 @@ def same_shape_groups(layers: Sequence[LayerDerivatives], max_numbers: int | Non
             yield members[start : start + size]
 
 
-def blocks_of(layers: Sequence[LayerDerivatives], v: Tensor) -> list[Tensor]:
-    """(P, k) → one (k, a, d) a layer, the bias as last column: model.parameters() has each weight, then its bias."""
-    blocks: list[Tensor] = []
+def grouped_blocks(layers: Sequence[LayerDerivatives], v: Tensor) -> list[Tensor]:
+    """(P, k) → one (g, k, a, d) for g layers of one shape, the bias as last column: model.parameters() has each weight,
+    then its bias."""
+    groups: list[Tensor] = []
     rest = v.mT.contiguous()  # (k, P)
     for members in same_shape_groups(layers):
         (a, width), d, g = layers[members[0]].weight.shape, layers[members[0]].inputs.shape[1], len(members)
         these, rest = rest.tensor_split((g * a * d,), 1)
         weight, bias = these.unflatten(1, (g, a * d)).movedim(1, 0).tensor_split((a * width,), 2)  # (g, k, ·)
-        blocks += torch.cat([weight.unflatten(2, (a, width)), bias.unflatten(2, (a, d - width))], 3)
-    return blocks
+        groups.append(torch.cat([weight.unflatten(2, (a, width)), bias.unflatten(2, (a, d - width))], 3))
+    return groups
+
+
+def blocks_of(layers: Sequence[LayerDerivatives], v: Tensor) -> list[Tensor]:
+    """(P, k) → one (k, a, d) a layer."""
+    return [block for group in grouped_blocks(layers, v) for block in group]
+
+
+def flatten_groups(layers: Sequence[LayerDerivatives], groups: Sequence[Tensor]) -> Tensor:
+    """The inverse of `grouped_blocks`."""
+    pieces = []
+    for members, together in zip(same_shape_groups(layers), groups, strict=True):
+        weight, bias = together.transpose(0, 1).tensor_split((layers[members[0]].weight.shape[1],), 3)  # (k, g, a, ·)
+        pieces.append(torch.cat([weight.flatten(2), bias.flatten(2)], 2).flatten(1))
+    return torch.cat(pieces, 1).mT
 
 
 def flatten_blocks(layers: Sequence[LayerDerivatives], blocks: Sequence[Tensor]) -> Tensor:
-    """The inverse of `blocks_of`: one (k, a, d) a layer → (P, k)."""
-    pieces = []
-    for members in same_shape_groups(layers):
-        together = torch.stack([blocks[i] for i in members], 1)  # (k, g, a, d)
-        weight, bias = together.tensor_split((layers[members[0]].weight.shape[1],), 3)
-        pieces.append(torch.cat([weight.flatten(2), bias.flatten(2)], 2).flatten(1))
-    return torch.cat(pieces, 1).mT
+    """The inverse of `blocks_of`."""
+    groups = same_shape_groups(layers)
+    return flatten_groups(layers, [torch.stack([blocks[i] for i in members]) for members in groups])
 
 
 def forward_tangent(layers: Sequence[LayerDerivatives], X: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:

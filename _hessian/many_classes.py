@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from _hessian.carried_pivots import Carried
+from _hessian.graph import Value
 from _hessian.layers import LayerDerivatives
-from _hessian.pivots import Eliminated, output_cost_to_go, singular_pivot
-from _hessian.reduced_parameters import Reduced
-from _hessian.symmetric_factor import subtract_gram
+from _hessian.symmetric_factor import mirror, subtract_gram
 
 _CHUNK_BYTES = 2**28  # the couplings of so many classes are formed at a time
 
@@ -25,17 +24,26 @@ class ManyClassPivot(NamedTuple):
     cancellation. Without a rank-one term in Λ (mse) there are only the blocks. B stays structured.
     """
 
+    values: tuple[Value]  # Y
+    z: Value | None
     layer: LayerDerivatives
     basis: Tensor  # (d, r) Q
     reduced: Tensor  # (N, r) R
     damping: float
     vectors: Tensor  # (C, r, r) eigenvectors of D_c
-    values: Tensor  # (C, r) its eigenvalues
+    eigenvalues: Tensor  # (C, r)
     capacitance: tuple[Tensor, Tensor] | None  # eigenvalues (N,) and eigenvectors (N, N) of I − UᵀD⁻¹U
-    carried: Carried | None = None  # nothing is
 
     @classmethod
-    def factored(cls, layer: LayerDerivatives, basis: Tensor | None, reduced: Tensor, damping: float) -> ManyClassPivot:
+    def factored(
+        cls,
+        value: Value,
+        z: Value | None,
+        layer: LayerDerivatives,
+        basis: Tensor | None,
+        reduced: Tensor,
+        damping: float,
+    ) -> ManyClassPivot:
         if basis is None:
             basis = torch.eye(reduced.shape[1], dtype=reduced.dtype, device=reduced.device)
         root = layer.loss_hessian.diagonal.mT.sqrt()[:, :, None]  # (C, N, 1) A_c^½
@@ -48,7 +56,7 @@ class ManyClassPivot(NamedTuple):
             inverse = (rotation / (1 + gram / damping)[:, None, :]) @ rotation.mT
             w = layer.loss_hessian.diagonal.sum(1).rsqrt()  # (N,)
             capacitance = tuple(torch.linalg.eigh(w[:, None] * (root * inverse * root.mT).sum(0) * w))
-        return cls(layer, basis, reduced, damping, vectors, values + damping, capacitance)
+        return cls((value,), z, layer, basis, reduced, damping, vectors, values + damping, capacitance)
 
     def _solve(self, q: Tensor) -> Tensor:
         """G⁻¹q for q (k, r, C)."""
@@ -65,7 +73,7 @@ class ManyClassPivot(NamedTuple):
     def _solve_blocks(self, q: Tensor) -> Tensor:
         """D⁻¹q for q (k, r, C)."""
         columns = self.vectors.mT @ q.permute(2, 1, 0)  # (C, r, k)
-        return (self.vectors @ (columns / self.values[:, :, None])).permute(2, 1, 0)
+        return (self.vectors @ (columns / self.eigenvalues[:, :, None])).permute(2, 1, 0)
 
     def reduce(self, P: Tensor) -> None:
         """P ← P − BᵀG⁻¹B in place, in chunks of classes; BᵀG⁻¹B = BᵀD⁻¹B + (UᵀD⁻¹B)ᵀ cap⁻¹ (UᵀD⁻¹B)."""
@@ -77,49 +85,40 @@ class ManyClassPivot(NamedTuple):
         for chunk in torch.arange(C, device=P.device).split(max(1, _CHUNK_BYTES // (8 * r * len(P)))):
             B = torch.einsum("kq,bc->cqbk", Q, layer.adjoint[:, chunk])
             B += torch.einsum("bq,bck->cqbk", R, curved[:, chunk])
-            scale = self.values[chunk].abs().sqrt()[:, None, :]  # (c, 1, r)
+            scale = self.eigenvalues[chunk].abs().sqrt()[:, None, :]  # (c, 1, r)
             whitening = self.vectors[chunk] / scale
             white = (whitening.mT @ B.flatten(2)).flatten(0, 1)  # (c r, n′)
-            signed = subtract_gram(P, white, self.values[chunk].sign().view(-1, 1))
+            signed = subtract_gram(P, white, self.eigenvalues[chunk].sign().view(-1, 1))
             if u is not None:
                 U = u[:, chunk].mT[:, :, None] * R  # (c, N, r)
                 correction += (U @ whitening).transpose(0, 1).flatten(1) @ signed
         if self.capacitance is not None:
             values, vectors = self.capacitance
             subtract_gram(P, vectors.mT @ correction / values.abs().sqrt()[:, None], values.sign()[:, None])
+        mirror(P)
 
-    def backward(self, q: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def backward(self, q: Tensor) -> tuple[Tensor, dict[Value, Tensor]]:
         layer = self.layer
         y = self._solve(q.unflatten(1, (-1, len(layer.weight))))
+        if self.z is None:
+            return y, {}
         back = layer.loss_hessian.apply(self.reduced @ y) @ layer.weight
         back = back + layer.adjoint @ (y.mT @ self.basis[: layer.weight.shape[1]].mT)
-        return y, back.flatten(1), None
+        return y, {self.z: back.flatten(1)}
 
-    def forward(self, state: Tensor, t: Tensor | None, w: Tensor | None) -> Tensor:
+    def forward(self, state: Tensor, t: Mapping[Value, Tensor]) -> dict[Value, Tensor]:
         y = state
-        if t is not None:
+        if self.z is not None:
             layer, (N, width) = self.layer, (len(self.reduced), self.layer.weight.shape[1])
-            t = t.unflatten(1, (N, width))
-            linear = layer.adjoint.mT @ t @ self.basis[:width]  # (k, C, r) S t
-            y = y + self._solve(linear.mT + self.reduced.mT @ layer.loss_hessian.apply(t @ layer.weight.mT))
-        return -y.flatten(1)
+            t_z = t[self.z].unflatten(1, (N, width))
+            linear = layer.adjoint.mT @ t_z @ self.basis[:width]  # (k, C, r) S t
+            y = y + self._solve(linear.mT + self.reduced.mT @ layer.loss_hessian.apply(t_z @ layer.weight.mT))
+        return {self.values[0]: -y.flatten(1)}
 
     def num_negative(self) -> int:
-        count = int((self.values < 0).sum())
+        count = int((self.eigenvalues < 0).sum())
         return count if self.capacitance is None else count + int((self.capacitance[0] < 0).sum())
 
-    def logabsdet(self) -> Tensor:
-        total = self.values.abs().log().sum()
-        return total if self.capacitance is None else total + self.capacitance[0].abs().log().sum()
-
-
-def eliminate_many_classes(layer: LayerDerivatives, reduced: Reduced, epsilon: float, index: int) -> Eliminated:
-    """The output layer's, by the structure that its pivot has with many classes."""
-    if epsilon == 0 and layer.loss_hessian.zero_sum:
-        raise singular_pivot(index, epsilon, "the same row added to the weights of every class changes nothing")
-    pivot = ManyClassPivot.factored(layer, reduced.basis, reduced.rows, epsilon)
-    P = output_cost_to_go(layer) if index else None
-    if P is not None:
-        pivot.reduce(P)
-    negative = pivot.num_negative()
-    return Eliminated(pivot, negative, float(pivot.logabsdet()), P, None, negative == 0)
+    def logabsdet(self) -> float:
+        total = self.eigenvalues.abs().log().sum()
+        return float(total if self.capacitance is None else total + self.capacitance[0].abs().log().sum())

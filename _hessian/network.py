@@ -12,23 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from _hessian.affine_operation import Affine
 from _hessian.argument_checks import as_one_batch, check_loss, check_tracked
 from _hessian.costs import RouteCost, factor_operations, free_bytes
 from _hessian.data_sets import DataSet, TracksLosses
 from _hessian.dense import check_product, dense_matrix, factor_dense
+from _hessian.elimination import Sweep
 from _hessian.factorization import Factor
 from _hessian.general_operation import ClosedForms, check_closed_forms
 from _hessian.gram import GramFactor, ScaledJacobian
 from _hessian.graph import Builder
 from _hessian.graph_costs import checkpoint_starts, step_costs, sweep_cost
-from _hessian.graph_elimination import GraphSweep, Program
 from _hessian.graph_gram import convex_root, gram_cost, scaled_jacobian
 from _hessian.graph_tangents import TANGENT_BYTES, gauss_newton_and_state_matrix, tangent_cost
 from _hessian.layers import Damping, NotPositiveDefinite, TrackedBatch, TrackedDataSet
 from _hessian.losses import accurate_loss
 from _hessian.operations import Operation
-from _hessian.program import Products, StateProducts, make_program
+from _hessian.program import GraphProgram, Products, StateProducts, make_program
 from _hessian.settings import Settings, dampings
 from _hessian.tables import html_table
 from _hessian.trace import Traced, check_modules, trace
@@ -168,7 +167,7 @@ class TrackedNetwork(TracksLosses):
 class _Kept:
     """What is made when it is first asked for."""
 
-    programs: dict[bool, Program] = field(default_factory=dict)  # by `separate_biases`
+    programs: dict[bool, GraphProgram] = field(default_factory=dict)  # by `separate_biases`
     builder: Builder | None = None
     products: Products | None = None
     states: StateProducts | None = None
@@ -202,10 +201,10 @@ class Network(NamedTuple):
         return next(self.net.parameters()).device
 
     @property
-    def program(self) -> Program:
+    def program(self) -> GraphProgram:
         return self._make_program(False)
 
-    def _make_program(self, separate_biases: bool) -> Program:
+    def _make_program(self, separate_biases: bool) -> GraphProgram:
         if separate_biases not in self.kept.programs:
             program, self.kept.builder = make_program(
                 self.traced,
@@ -217,7 +216,7 @@ class Network(NamedTuple):
                 self.closed_forms,
             )
             self.kept.programs[separate_biases] = program
-        return self.kept.programs[separate_biases]._replace(state_charge=self.state_damping / len(self.inputs[0]))
+        return self.kept.programs[separate_biases]._replace(state_damping=self.state_damping / len(self.inputs[0]))
 
     def _products(self) -> Products:
         if self.kept.products is None:
@@ -379,17 +378,14 @@ class Network(NamedTuple):
             return factor_dense(H.clone(), vector, settings.damping, definite_only), H
         if settings.route == "gram":
             return self._gram_factor(settings, formed, definite_only)
-        epsilons = dict(zip(self.parameters, settings.epsilons(len(self.parameters)), strict=True))
-        separate = any(
-            len({epsilons[name] for name in operation.parameters}) > 1
-            for operation in self.program.operations
-            if isinstance(operation, Affine)
-        )
+        by_name = dict(zip(self.parameters, settings.epsilons(len(self.parameters)), strict=True))
+        separate = any(len({by_name[name] for name in x.parameters}) > 1 for x in self.program.affine)
         program = self._make_program(separate)
+        epsilons = {value: by_name[names[0]] for value, names in program.values().items()}
         starts = checkpoint_starts(program) if settings.checkpoint_layers and settings.keep == "solve" else ()
         if settings.precision == "mixed":
             program = program.in_float32()
-        return GraphSweep(program, epsilons, definite_only=definite_only, keep=settings.keep, starts=starts), None
+        return Sweep(program, epsilons, definite_only=definite_only, keep=settings.keep, starts=starts), None
 
     def _gram_factor(
         self, settings: Settings, formed: object, definite_only: bool

@@ -8,13 +8,17 @@ General operations have a file of their own (general_operation.py), as have affi
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from _hessian.carried_pivots import CarriedOutside, Natural
+from _hessian.checkpoints import Memory
 from _hessian.graph import Region, Value
+from _hessian.layers import SingularHessianError
+from _hessian.state import State
 
 CHUNK_BYTES = 2**27  # derivatives are formed in chunks of this
 DERIVATIVE_RTOL = 1e-7  # of the check against double backward
@@ -23,41 +27,104 @@ ALL = slice(None)
 Blocks = Callable[[int, int], Tensor]  # i, j ↦ the block (n_i, n_j) of a symmetric matrix
 
 
-class Operation(Protocol):
+class Count(NamedTuple):
+    """Of eliminated dimensions."""
+
+    negative: int
+    logabsdet: float
+
+
+class Pivot(Protocol):
+    """What a solve needs of eliminated values y, which B couples to those that were live then. k right-hand sides."""
+
+    @property
+    def values(self) -> tuple[Value, ...]: ...
+
+    def backward(self, q: Tensor) -> tuple[Tensor, dict[Value, Tensor]]:
+        """From q (k, m): what `forward` needs of it, and BᵀG⁻¹q (k, n_u) by values u."""
+
+    def forward(self, state: Tensor, t: Mapping[Value, Tensor]) -> dict[Value, Tensor]:
+        """−G⁻¹(q + B t), by the values y, from `backward`'s state and the changes t of the values that were live."""
+
+
+class Operation:
+    """What the elimination needs of an operation. k vectors together are (k, n)."""
+
     output: Value
     inputs: tuple[Value, ...]
+    z: Value | None = None  # the input that its parameters meet, and they themselves, where they are reduced
+    own: Value | None = None
+    num_outside: int = 0  # the dimensions of X⊥
+    layer: int | None = None  # its number, 1 … L, in a chain of layers
+    natural: Natural | None = None  # sizes, where it asks for carried pivots
+    rounded: ClassVar[tuple[str, ...]] = ()  # attributes that `in_float32` rounds
 
     @property
     def pull_back_cost(self) -> float:
         """Multiplications of `pull_back` for one vector."""
+        return self.output.size
 
     @property
     def numbers(self) -> float:
         """How many it keeps."""
+        return 3 * self.output.size
 
     def pull_back(self, p: Tensor, which: slice = ALL) -> list[Tensor]:
         """A_iᵀ p (k, n_i) of inputs[which], for p (k, n_o). In memory of their own."""
+        raise NotImplementedError
 
     def push_forward(self, tangents: Sequence[Tensor]) -> Tensor:
         """Σ A_i t_i (k, n_o), for t_i (k, n_i)."""
+        raise NotImplementedError
 
     def add_curvature(self, blocks: Blocks) -> None:
-        """M_ij added to the blocks i ≤ j."""
+        """M_ij added to the blocks(i, j), i ≤ j, in their dtype."""
+        raise NotImplementedError
 
     def in_float32(self) -> Self:
         """The same operation with derivatives in float32."""
-
-
-class Rounding:
-    """`in_float32` of the attributes that are named."""
-
-    rounded: ClassVar[tuple[str, ...]] = ()
-
-    def in_float32(self) -> Self:
         twin = copy.copy(self)
         for name in self.rounded:
             setattr(twin, name, _in_float32(getattr(self, name)))
         return twin
+
+    # the elimination
+
+    def eliminate(self, state: State, memory: Memory) -> None:
+        """Its output leaves the state, and its inputs enter."""
+        P, rows = state.take(self.output)
+        for value in self.inputs:
+            state.enter(value)
+        for u in list(rows):
+            for value, part in zip(self.inputs, self.pull_back_in_place(rows.pop(u).mT), strict=True):
+                state.add_both(u, value, part)
+        if P is not None:
+            self.pull_back_both(P, state, memory)
+        self.add_curvature(lambda i, j: state.block(self.inputs[i], self.inputs[j]))
+
+    def pull_back_in_place(self, p: Tensor) -> list[Tensor]:
+        """`pull_back` of a p that may be overwritten."""
+        return self.pull_back(p)
+
+    def pull_back_both(self, P: Tensor, state: State, memory: Memory) -> None:
+        """A_iᵀ P A_j of all inputs, added to the state. P may be overwritten."""
+        for i, part in enumerate(self.pull_back(P)):
+            blocks = self.pull_back(part.mT.contiguous(), slice(i, None))
+            for value, block in zip(self.inputs[i:], blocks, strict=True):
+                state.add(self.inputs[i], value, block)
+
+    def singular(self, value: Value, epsilon: float, why: str) -> SingularHessianError:
+        """For a pivot of its parameter."""
+        message = f"H + damping·I is singular at {value.name}, damping {epsilon:g}: {why}. Choose a larger damping"
+        if epsilon == 0:
+            message += "; for the minimum-norm solution of H x = v call hessian_inverse_vector_product with damping=0"
+        return SingularHessianError(message, layer=self.layer, damping=epsilon)
+
+    def structured_pivot(self, value: Value, epsilon: float, state: State) -> tuple[Pivot, Count] | None:
+        """A parameter eliminated in a form of its own, where it has one."""
+
+    def eliminate_outside(self, epsilon: float, state: State) -> CarriedOutside | None:
+        """X⊥ leaves. Returns the parts of it that are carried."""
 
 
 def _in_float32(x: Tensor | list | None) -> Tensor | list | None:
@@ -75,7 +142,7 @@ class Probe(NamedTuple):
     second: list[Tensor]  # Σ_j M_ij t_j
 
 
-class OperationDerivatives(Rounding):
+class OperationDerivatives(Operation):
     """Derivatives of an operation without parameters of its own, at one batch. Subclass it to give a kind of module
     closed forms (USAGE shows one): `__init__`, `pull_back`, `push_forward` and `add_curvature`.
 
@@ -88,34 +155,12 @@ class OperationDerivatives(Rounding):
         self.output, self.inputs = region.output, region.inputs
         self._region, self._tensors, self._beta = region, tensors, beta
 
-    @property
-    def pull_back_cost(self) -> float:
-        """Multiplications for one vector."""
-        return self.output.size
-
-    @property
-    def numbers(self) -> float:
-        """Kept."""
-        return 3 * self.output.size
-
     def check_derivatives(self) -> None:
         """Compare derivatives along random directions with a double backward, without vmap: torch's derivatives of some
         functions are wrong under vmap. Raises ArithmeticError where they differ."""
         probe = self._probe()
         self._compare(self.pull_back(probe.cotangent), probe.pulled)
         self._compare(self._times_second(probe.tangents), probe.second)
-
-    def pull_back(self, p: Tensor, which: slice = ALL) -> list[Tensor]:
-        """A_iᵀ p (k, n_i) of inputs[which], for p (k, n_o). In memory of their own."""
-        raise NotImplementedError
-
-    def push_forward(self, tangents: Sequence[Tensor]) -> Tensor:
-        """Σ A_i t_i (k, n_o), for t_i (k, n_i)."""
-        raise NotImplementedError
-
-    def add_curvature(self, blocks: Blocks) -> None:
-        """M_ij added to the blocks(i, j), i ≤ j, in their dtype."""
-        raise NotImplementedError
 
     def _times_second(self, tangents: Sequence[Tensor]) -> list[Tensor]:
         """Σ_j M_ij t_j of each input."""
@@ -210,6 +255,15 @@ class Elementwise(OperationDerivatives):
 
     def pull_back(self, p: Tensor, which: slice = ALL) -> list[Tensor]:
         return [self._scatter(i, p * self.slopes[i]) for i in range(len(self.inputs))[which]]
+
+    def pull_back_in_place(self, p: Tensor) -> list[Tensor]:
+        return [p.mul_(self.slopes[0])] if self.is_plain else self.pull_back(p)
+
+    def pull_back_both(self, P: Tensor, state: State, memory: Memory) -> None:
+        if self.is_plain:
+            state.add(self.inputs[0], self.inputs[0], P.mul_(self.slopes[0]).mul_(self.slopes[0][:, None]))
+        else:
+            super().pull_back_both(P, state, memory)
 
     def push_forward(self, tangents: Sequence[Tensor]) -> Tensor:
         return total(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,90 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from _hessian.affine_operation import Affine
 from _hessian.argument_checks import check_used
 from _hessian.general_operation import ClosedForms, linearize
-from _hessian.graph import AffineNode, Builder
-from _hessian.graph_elimination import Program, elimination_points
+from _hessian.graph import AffineNode, Builder, Value
 from _hessian.operations import Operation, transposed_jacobian
+from _hessian.reduced_parameters import Reduced
+from _hessian.state import State
 from _hessian.trace import Traced
+
+
+class GraphProgram(NamedTuple):
+    """A network at one batch: all that its Hessian is made of."""
+
+    operations: list[Operation]
+    parameters: dict[str, int]  # trainable ones and their sizes, in the order of the flat vectors
+    output: Value
+    loss_hessian: Tensor  # (N, C, C) Λ, C the outputs of a sample
+    eliminated: list[list[Value]]  # by operation: the parameters that are eliminated once it is
+    state_damping: float = 0.0  # μ/N, added to the curvature in the outputs of affine operations but the last
+
+    @property
+    def reduced(self) -> list[Reduced]:
+        return [x.reduced for x in self.affine if x.reduced is not None]
+
+    @property
+    def affine(self) -> list[Affine]:
+        return [x for x in self.operations if isinstance(x, Affine)]
+
+    def in_float32(self) -> GraphProgram:
+        operations = [operation.in_float32() for operation in self.operations]
+        return self._replace(operations=operations, loss_hessian=self.loss_hessian.float())
+
+    def start(self) -> State:
+        """The state above all operations."""
+        N, C = self.loss_hessian.shape[:2]
+        P = self.loss_hessian.new_zeros(N, C, N, C)
+        P.diagonal(dim1=0, dim2=2).copy_(self.loss_hessian.permute(1, 2, 0))
+        state = State(self.loss_hessian, [self.output])
+        state.add(self.output, self.output, P.view(N * C, N * C))
+        return state
+
+    def state_charge(self, operation: Operation) -> float:
+        """What state damping adds to the curvature in its output."""
+        return self.state_damping if isinstance(operation, Affine) and operation.output != self.output else 0.0
+
+    def values(self) -> dict[Value, list[str]]:
+        """The parameters as values, and the names that each holds."""
+        own = {x.own: x.parameters for x in self.affine}
+        return {value: own.get(value, [value.name]) for values in self.eliminated for value in values}
+
+    def split(self, v: Tensor) -> tuple[list[Tensor], dict[Value, Tensor]]:
+        """v (P, k) as blocks (g G, k, a, d) of `reduced`, and −v (k, n) of the other parameters."""
+        pieces = dict(zip(self.parameters, v.mT.split(list(self.parameters.values()), 1), strict=True))  # (k, ·) each
+        blocks = [x.block([pieces[name] for name in x.parameters]) for x in self.affine if x.own is not None]
+        others = {value: -pieces[value.name] for value in self.values() if value.name in pieces}
+        return [x.transpose(0, 1) for x in blocks], others
+
+    def join(self, X: Sequence[Tensor], t: Mapping[Value, Tensor]) -> Tensor:
+        """The inverse: x (P, k) from its blocks, and the changes t of the other parameters."""
+        found = {value.name: x for value, x in t.items() if value.name in self.parameters}
+        for operation, block in zip([x for x in self.affine if x.own is not None], X, strict=True):
+            found |= dict(zip(operation.parameters, operation.pieces(block.transpose(0, 1)), strict=True))
+        return torch.cat([found[name] for name in self.parameters], 1).mT
+
+
+def elimination_points(operations: Sequence[Operation], output: Value, parameters: set[Value]) -> list[list[Value]]:
+    """When to eliminate each parameter: after the operation that uses it first; or after one before that, if fewer
+    numbers are live then, with its own parameters, and at no time between are there more. Large ones first."""
+    first_use: dict[Value, int] = {}
+    for index, operation in enumerate(operations):
+        for value in parameters.intersection(operation.inputs):
+            first_use.setdefault(value, index)
+    sizes, live = [0] * len(operations), {output}  # of the live values but parameters, once an operation is eliminated
+    for index in reversed(range(len(operations))):
+        live = (live - {operations[index].output}) | (set(operations[index].inputs) - parameters)
+        sizes[index] = sum(value.size for value in live)
+    points: list[list[Value]] = [[] for _ in operations]
+    for value, index in first_use.items():
+        best, least, others = index, sizes[index], 0
+        for i in reversed(range(index)):
+            others += sum(x.size for x in parameters.intersection(operations[i].inputs))
+            if sizes[i] + others > least:
+                break
+            if sizes[i] + others < least:
+                best, least = i, sizes[i] + others
+        points[best].append(value)
+    return [sorted(values, key=lambda value: -value.size) for values in points]
 
 
 def make_program(
@@ -27,7 +108,7 @@ def make_program(
     gauss_newton: bool,
     separate_biases: bool = False,
     closed_forms: ClosedForms = MappingProxyType({}),
-) -> tuple[Program, Builder]:
+) -> tuple[GraphProgram, Builder]:
     """loss: outputs (N, …) ↦ the mean loss, in float64. trainable: names and sizes of the parameters.
 
     Raises ArithmeticError where torch's derivatives of an operation, under vmap, are not those of a double backward.
@@ -49,7 +130,7 @@ def make_program(
     }
     parameters |= {x.own for x in operations if isinstance(x, Affine) and x.own is not None}
     points = elimination_points(operations, graph.output, parameters)
-    program = Program(operations, dict(trainable), graph.output, loss_hessian(loss, outputs), points)
+    program = GraphProgram(operations, dict(trainable), graph.output, loss_hessian(loss, outputs), points)
     return program, builder
 
 
@@ -100,7 +181,7 @@ class Products:
 class StateProducts:
     """Σ SᵀS v over the affine operations but the last, S v their outputs' change along v."""
 
-    def __init__(self, builder: Builder, program: Program):
+    def __init__(self, builder: Builder, program: GraphProgram):
         charged = {x.output for x in program.operations if isinstance(x, Affine)} - {program.output}
         of = {builder.names[name]: p for name, p in builder.traced.named_parameters(remove_duplicate=False)}
         parameters = [of[name] for name in program.parameters]

@@ -20,9 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hessian
 from _hessian import symmetric_factor
+from _hessian.elimination import Sweep
 from _hessian.factorization import Chain, HessianFactorization, factorize_system
 from _hessian.layers import LayerDerivatives
+from _hessian.operations import Operation
 from _hessian.settings import Settings
+from _hessian.state import State
 from hessian import ACTIVATIONS, DeepMLPWithTracking
 
 HERE = Path(__file__).resolve().parent.parent  # the repository
@@ -221,7 +224,9 @@ def reachable_bytes(*roots) -> int:
             stack += [getattr(item, field.name) for field in dataclasses.fields(item)]
         elif isinstance(item, (list, tuple)):
             stack += item
-        elif isinstance(item, hessian._Sweep):
+        elif isinstance(item, dict):
+            stack += item.values()
+        elif isinstance(item, (Sweep, Operation, State)):
             stack += vars(item).values()
     return sum(storages.values())
 

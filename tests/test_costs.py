@@ -93,7 +93,7 @@ def test_mixed_precision_is_decided_by_a_trial():
         assert (len(solved) == 1) == (first <= 0.1), (damping, first)
         assert (first > 0.1) == (damping == 1e-8)
     kept = factorize_hessian(model, loss, 0.1, route="sweep", precision="mixed")
-    assert kept.precision == "mixed" and kept._factor.layers[0].weight.dtype == torch.float32
+    assert kept.precision == "mixed" and kept._factor.program.layers[0].weight.dtype == torch.float32
     assert kept.residual(kept.solve(v, rtol=1e-12), v) <= 1e-12 < 1e-8 < kept.residual(kept.solve(v, rtol=None), v)
     with mock.patch.object(hessian.HessianFactorization, "_direct", autospec=True, side_effect=direct) as sweeps:
         loose = [kept.residual(kept.solve(v, rtol=rtol), v) for rtol in (1e-3, 1e-8)]
@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_refused_before_it_starts(monkeypatch):
     model, loss = tracked_loss(Case((32,) * 8, 16, inputs=32))
     estimates = estimate_cost(model, 16)
     monkeypatch.setattr(costs, "free_bytes", lambda device: 0.9 * estimates["sweep"].bytes)
-    with mock.patch.object(hessian, "_Sweep", side_effect=AssertionError("it started")):
+    with mock.patch.object(hessian, "Sweep", side_effect=AssertionError("it started")):
         with pytest.raises(MemoryError, match="What fits") as caught:
             factorize_hessian(model, loss, 0.1, route="sweep")
     message = str(caught.value)

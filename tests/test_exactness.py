@@ -10,6 +10,9 @@ import torch
 
 import hessian
 from _hessian import symmetric_factor
+from _hessian.chain import chain_program
+from _hessian.elimination import Sweep
+from _hessian.layers import LayerDerivatives
 from _hessian.many_classes import ManyClassPivot
 from _hessian.symmetric_factor import factor_symmetric
 from hessian import (
@@ -218,6 +221,11 @@ def test_state_damping_shows_in_errors():
     assert f.residual(f.solve(v, rtol=1e-11), v) <= 1e-11
 
 
+def many_class_sweep(layers: tuple[LayerDerivatives, ...], damping: float) -> Sweep:
+    program = chain_program(layers, many_classes=True)
+    return Sweep(program, {operation.own: damping for operation in program.operations})
+
+
 @pytest.mark.parametrize("batch", [2, 3, 30])
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 def test_many_class_pivot(batch, loss):
@@ -229,8 +237,8 @@ def test_many_class_pivot(batch, loss):
         v = random_vector(num_parameters(model), 3)
         for damping in (1.0, 1e-2, 1e-4, -0.003):
             A = dense_hessian(case) + damping * torch.eye(len(v), dtype=torch.float64)
-            sweep = hessian._Sweep(layers, [damping] * len(layers), None, True)
-            assert isinstance(next(sweep.downward()), ManyClassPivot)
+            sweep = many_class_sweep(layers, damping)
+            assert isinstance(next(sweep.downward()).pivots[0], ManyClassPivot)
             x = sweep.solve(v)
             assert relative(A @ x - v, v) <= 1e-5
             x = x + sweep.solve(v - A @ x)
@@ -245,7 +253,7 @@ def test_many_class_split():
     model, loss = tracked_loss(Case((), 16, classes=40, inputs=20))
     layers = hessian._checked_derivatives(model, loss)
     v = random_vector(num_parameters(model), 1)
-    x = hessian._Sweep(layers, [1e-6], None, True).solve(v)
+    x = many_class_sweep(layers, 1e-6).solve(v)
     assert relative(hessian._product(layers, x) + 1e-6 * x - v, v) <= 1e-6
 
 

@@ -141,7 +141,7 @@ def test_float32_factors_and_checkpoints(name, monkeypatch):
     assert torch.equal(plain.solve(v, rtol=None), again.solve(v, rtol=None))
     for options in ({}, {"checkpoint_layers": True}, {"curvature": "gauss_newton"}):
         f = factorize_hessian(model, loss, 0.1, route="sweep", precision="mixed", **options)
-        assert f.precision == "mixed" and f._factor._named and f.solve(v, rtol=None).dtype == torch.float64
+        assert f.precision == "mixed" and f._factor.program.reduced and f.solve(v, rtol=None).dtype == torch.float64
         A = H + 0.1 * torch.eye(len(H), dtype=torch.float64)
         if not options.get("curvature"):
             assert relative(A @ f.solve(v) - v, v) <= 1e-8

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from _hessian import carried_pivots
+from _hessian.chain import chain_program
 from hessian import (
     SingularHessianError,
     compute_layer_derivatives,
@@ -83,10 +84,9 @@ def test_natural_scales(batch, residual):
     model, x, y = Case((6, 4, 4, 7), batch, residual=residual).build()
     model(x, y, track_activations=True)
     layers = compute_layer_derivatives(model)
-    formed = carried_pivots.prepare(layers)
-    pairs = list(zip(layers, formed.reduced, strict=True))
-    couplings = [(layer.adjoint.abs().max() / reduced.rows.abs().max()).item() for layer, reduced in pairs]
-    assert formed.scales[0] == 0.0
+    operations = chain_program(layers).operations
+    couplings = [(x.derivatives.adjoint.abs().max() / x.rows.R.abs().max()).item() for x in operations]
+    assert operations[0].natural.scale == 0.0
     for index in range(1, len(layers)):
 
         def states(z: Tensor, index: int = index) -> list[Tensor]:
@@ -103,8 +103,8 @@ def test_natural_scales(batch, residual):
             for j, J in enumerate(torch.func.jacrev(lambda z: states(z)[:-1])(row)):
                 P = P + couplings[index + j] * J.mT @ J
             largest = max(largest, P.abs().max().item())
-        assert formed.scales[index] == pytest.approx(largest, rel=1e-10)
-        assert formed.couplings[index] == pytest.approx(layers[index].adjoint.norm().item(), rel=1e-12)
+        assert operations[index].natural.scale == pytest.approx(largest, rel=1e-10)
+        assert operations[index].natural.coupling == pytest.approx(layers[index].adjoint.norm().item(), rel=1e-12)
 
 
 def test_carried_pivots_are_needed():
@@ -121,7 +121,8 @@ def test_carried_pivots_are_needed():
     f = factorize_hessian(model, loss, 1e-8, route="sweep")
     f.solve(v, rtol=1e-7)
     assert f.num_negative_eigenvalues == negative != plain.num_negative_eigenvalues
-    carried = [pivot.carried for pivot in f._factor.downward() if pivot.carried is not None]
-    assert any(len(c.rows) for c in carried) and any(c.outside is not None for c in carried)
+    steps = list(f._factor.downward())
+    assert any(step.pivots[0].carried is not None for step in steps)
+    assert any(step.outside is not None for step in steps)
     ordinary = factorize_hessian(model, loss, 0.1, route="sweep")
-    assert all(pivot.carried is None for pivot in ordinary._factor.downward())
+    assert all(step.pivots[0].carried is None and step.outside is None for step in ordinary._factor.downward())
