@@ -119,20 +119,25 @@ def exact_round(
     """Quasi-Newton steps with H + λD, at the least λ of `damping`, 10 `damping`, … that lowers f.
 
     factorized: the matrix at λ; None where it is not positive definite. smallest: a smaller λ stands for 0. Where no λ
-    lowers f, the point is `start`. Where the model promises a decrease that rounding hides, λ = 0 is tried, and ‖g‖
-    decides.
+    lowers f, the point is `start`. Where the model promises a decrease that rounding hides, ‖g‖ decides. Then λ begins
+    at 0, and rises as long as the model promises that ‖g‖ falls by half.
     """
     end, hidden, count = start, False, 0
     while end is start and count < 40:
         count += 1
-        damping = 0.0 if hidden or damping < smallest else damping
+        damping = 0.0 if damping < smallest else damping
         factorization = factorized(damping)
         if factorization is not None:
             inverse = partial(direct_solve, factorization)
-            end = quasi_newton_steps(objective, inverse, start, gtol, max_steps, by_gradient=damping == 0)
-        if end is not start or hidden:
+            end = quasi_newton_steps(objective, inverse, start, gtol, max_steps, by_gradient=hidden or damping == 0)
+        if end is not start or (hidden and factorization is None):
             break
-        if factorization is not None and damping > 0:
-            hidden = 0.5 * float(start.gradient @ inverse(start.gradient)) <= ROUNDING * abs(start.value)
+        if factorization is not None:
+            x = inverse(start.gradient)
+            if hidden and damping * float(torch.linalg.vector_norm(x)) > 0.5 * start.gradient_norm:
+                break
+            if not hidden and 0.5 * float(start.gradient @ x) <= ROUNDING * abs(start.value):
+                hidden, damping = True, 0.0
+                continue
         damping = max(10 * damping, smallest)
     return Round(end, damping, count)

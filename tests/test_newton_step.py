@@ -192,11 +192,16 @@ def test_a_decrease_that_rounding_hides_is_judged_by_the_gradient():
     found = hidden.round(1.0)
     assert hidden.asked == [1.0, 0.0] and found.damping == 0.0
     assert found.point.gradient_norm < 1e-12 * hidden.start.gradient_norm
-    # where H alone is not definite, or ‖g‖ doesn't fall
+    # where H alone is not definite
     hidden.H = A - 2 * eye(3)
     assert hidden.round(3.0).point is hidden.start and hidden.asked[2:] == [3.0, 0.0]
-    hidden.H = 0.4 * A
-    assert hidden.round(3.0).point is hidden.start and hidden.asked[4:] == [3.0, 0.0]
+    # too long a step: λ rises until ‖g‖ falls, as long as the model promises half of it
+    hidden.H, rising = 0.4 * A, [3.0, 0.0, *(10.0**i for i in range(-10, 2))]
+    found = hidden.round(3.0)
+    assert hidden.asked[4:] == pytest.approx(rising) and found.damping == pytest.approx(10.0)
+    assert found.point.gradient_norm < 0.5 * hidden.start.gradient_norm
+    hidden.H = 1e-3 * A
+    assert hidden.round(3.0).point is hidden.start and hidden.asked[4 + len(rising) :] == pytest.approx(rising[:-2])
 
 
 def test_no_round_where_nothing_is_lower():
