@@ -105,7 +105,8 @@ def eigenpairs(
     dozen solves.
     Raises ArithmeticError where some were missed, SingularHessianError where no inertia could be had.
     """
-    if not 1 <= k <= (P := num_parameters(model)):
+    P = num_parameters(model)
+    if not isinstance(k, int) or not 1 <= k <= P:
         raise ValueError(f"k must be an integer from 1 to the number of parameters, {P}, got {k!r}")
     if which not in ("largest", "smallest"):
         raise ValueError(f"unknown which={which!r}: choose 'largest' or 'smallest', or pass near=")
@@ -299,8 +300,11 @@ def influence(
     f, samples = _definite(model, loss, damping, curvature), Samples(model)
     batches = samples.tracked_batches(model)
     N, M = sum(len(y) for _, y in batches), num_samples(test_x)
-    if len(test_y) != M:
-        raise ValueError(f"test_x has {M} samples and test_y {len(test_y)}: they must have the same")
+    if test_y.shape[:1] != (M,):
+        raise ValueError(
+            f"test_x and test_y must have the same M samples in their first dimension, got {M} and "
+            f"{tuple(test_y.shape)}: for one sample pass test_x[i : i + 1] and test_y[i : i + 1]"
+        )
     check_memory(f"the influence of {N:,} samples on {M:,}", 8 * N * M, f._system.device)
     columns = max(1, _COLUMNS // f.num_parameters)
     parts = []

@@ -31,7 +31,6 @@ References: Levenberg (1944), Marquardt (1963); Tassa, Erez & Todorov (2012), da
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NoReturn, overload
 
@@ -39,7 +38,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from _hessian.argument_checks import as_one_batch, checked_nonnegative, checked_radius, checked_rtol, checked_vector
+from _hessian.argument_checks import (
+    as_one_batch,
+    checked_closure,
+    checked_nonnegative,
+    checked_positive,
+    checked_rtol,
+    checked_vector,
+)
 from _hessian.network import TrackedNetwork, network_at_batch
 from _hessian.newton_options import Options, State, initial_state
 from _hessian.newton_problem import ChainProblem, NetworkProblem, Problem
@@ -148,8 +154,7 @@ class DampedNewton(torch.optim.Optimizer):
             htol=htol,
             seed=seed,
         )
-        if not (0 < damping < math.inf):
-            raise ValueError(f"damping must be positive and finite, got {damping!r}: pass 1.0, the default")
+        damping = checked_positive("damping", damping, "pass 1.0, the default")
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
             raise ValueError("all parameters are frozen (requires_grad=False): leave requires_grad=True on some")
@@ -239,8 +244,8 @@ class DampedNewton(torch.optim.Optimizer):
         """One step. Returns the closure's loss: the one before the step."""
         options = self._options()
         with torch.enable_grad():
-            loss = closure() if closure is not None else None
-        empty = loss is None and closure is not None and self._group is not None
+            loss = checked_closure(closure)()
+        empty = loss is None and self._group is not None
         if empty:
             loss = self._loss_of_no_sample()
         if not isinstance(loss, Tensor):
@@ -307,7 +312,10 @@ def trust_region_step(
         found = tuple(gradient.shape) if isinstance(gradient, Tensor) else type(gradient).__name__
         raise ValueError(f"gradient must be a tensor of shape ({num_parameters},), got {found}: one at a time")
     g = checked_vector(gradient, num_parameters, system.device)
-    radius, weight_decay = checked_radius(radius), checked_nonnegative("weight_decay", weight_decay)
+    radius, weight_decay = (
+        checked_positive("radius", radius, "it is the greatest length of the step"),
+        checked_nonnegative("weight_decay", weight_decay),
+    )
     if route not in ("auto", "sweep", "dense"):
         raise ValueError(f"unknown route {route!r}: choose 'auto', 'sweep' or 'dense'")
     step = solve_trust_region(system, g[:, 0], radius, weight_decay, rtol=checked_rtol(rtol), route=route)

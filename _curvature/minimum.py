@@ -13,6 +13,7 @@ from torch import Tensor
 from _curvature.counts import EigenvalueCounts
 from _curvature.progress import progress
 from _curvature.samples import Model, Samples, flat, trainable
+from _hessian.argument_checks import checked_closure
 from _hessian.quasi_newton import ROUNDING, Point, exact_round
 from hessian import HessianFactorization, SingularHessianError
 from newton import DampedNewton
@@ -62,7 +63,7 @@ class Search:
     """The objective f at flat parameters θ, and steps that lower it."""
 
     def __init__(self, model: Model, closure: Callable[[], Tensor], weight_decay: float):
-        self.model, self.closure, self.weight_decay = model, closure, weight_decay
+        self.model, self.closure, self.weight_decay = model, checked_closure(closure), weight_decay
         self.parameters = trainable(model)
         if any(p.dtype != torch.float64 for p in self.parameters):
             raise TypeError("a certified minimum needs float64: call model.double(), and pass float64 inputs")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Number
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from _hessian.activations import ACTIVATIONS
 from _hessian.layers import Damping, Inputs, TrackedBatch, TrackedDataSet
 from _hessian.losses import LOSSES
 
+T = TypeVar("T")
 Tracked = TypeVar("Tracked", bound=TrackedBatch | TrackedDataSet)
 
 
@@ -53,6 +54,8 @@ def check_inputs(x: Tensor, input_dim: int, dtype: torch.dtype) -> None:
 
 def check_targets(loss: str, logits: Tensor, targets: Tensor, dtype: torch.dtype, values: bool) -> None:
     """Shape and dtype of targets, for a model of `dtype`; where `values`, in tracked calls, their values too."""
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be a tensor, got {type(targets).__name__}: make one by torch.as_tensor(targets)")
     indices = loss == "cross_entropy" and not targets.is_floating_point()
     shape, expected = (logits.shape[:1], torch.long) if indices else (logits.shape, dtype)
     if targets.shape != shape or targets.dtype != expected:
@@ -79,11 +82,83 @@ def check_targets(loss: str, logits: Tensor, targets: Tensor, dtype: torch.dtype
             )
 
 
+def check_network_call(inputs: Sequence[object], targets: object) -> None:
+    """That a network is called with tensors."""
+    for name, values in (
+        ("x must be a tensor or a tuple of tensors", inputs),
+        ("targets must be a tensor", (targets,)),
+    ):
+        if not values or not all(isinstance(x, Tensor) for x in values):
+            raise TypeError(f"{name}, got {_kinds(values) or 'none'}: make one by torch.as_tensor, as from a list")
+
+
+def _kinds(values: Sequence[object]) -> str:
+    return " and ".join(f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in values)
+
+
+def note_of_call(inputs: Sequence[object], parameters: Iterable[Tensor]) -> str:
+    """A line to add to the error of a network that its inputs don't fit."""
+    dtypes = ", ".join(sorted({str(p.dtype) for p in parameters}))
+    return (
+        f"The network was called with x: {_kinds(inputs)}; its parameters are {dtypes}. Where the dtypes differ, "
+        "convert x or the network; else look for the shape (N, …) that the network takes"
+    )
+
+
+def check_outputs(inputs: Sequence[Tensor], outputs: object, targets: Tensor) -> None:
+    """That inputs, outputs and targets have the N samples of the batch in their first dimension."""
+    if not isinstance(outputs, Tensor):
+        raise ValueError(
+            f"the network must return one tensor (N, …), got {type(outputs).__name__}: wrap it in a module that "
+            "returns the outputs of which the loss is"
+        )
+    if len({x.shape[:1] for x in (*inputs, outputs, targets)}) != 1 or outputs.dim() == 0:
+        raise ValueError(
+            "inputs and outputs must have the N samples of the batch in their first dimension, and so must targets: "
+            f"got x {_kinds(inputs)}, outputs {_kinds([outputs])}, targets {_kinds([targets])}"
+        )
+    if len(outputs) == 0:
+        raise ValueError("the batch is empty: the mean loss of no samples has no Hessian")
+
+
+def check_same_shape(loss: str, outputs: Tensor, targets: Tensor) -> None:
+    if targets.shape != outputs.shape or loss == "binary_cross_entropy" and not targets.is_floating_point():
+        raise ValueError(
+            f"targets of {loss} must have the outputs' shape and dtype, {_kinds([outputs])}, got {_kinds([targets])}: "
+            "convert them by targets.view_as(outputs).to(outputs.dtype)"
+        )
+
+
+def check_class_targets(outputs: Tensor, targets: Tensor, class_dim: int, ignore_index: int, values: bool) -> None:
+    """That targets are class probabilities, in the shape of the outputs, or class indices, without that dimension.
+    values: check the indices too."""
+    C, expected = outputs.shape[class_dim], outputs.select(class_dim, 0).shape
+    if targets.is_floating_point() and targets.shape == outputs.shape:
+        return
+    if targets.dtype != torch.int64 or targets.shape != expected:
+        raise ValueError(
+            f"class indices must be torch.int64 of shape {tuple(expected)}, for outputs {_kinds([outputs])} with "
+            f"classes in dimension {class_dim}; got {_kinds([targets])}. If the classes are elsewhere, pass "
+            "loss='cross_entropy' and class_dim=1 or -1 to TrackedNetwork"
+        )
+    used = targets[targets != ignore_index] if values else targets[:0]
+    if values and not len(used):
+        raise ValueError(f"all targets are {ignore_index}, which is ignored: the mean loss of none has no Hessian")
+    if values and not bool(((used >= 0) & (used < C)).all()):
+        raise ValueError(f"class indices must lie in 0 … {C - 1}, got {used.min()} … {used.max()}")
+
+
+def check_grad_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("a TrackedNetwork needs autograd: leave torch.inference_mode(), torch.no_grad() is fine")
+
+
 def check_model(model: object, expected: type) -> None:
     if not isinstance(model, expected):
         raise TypeError(
-            f"model must be a {expected.__name__}, got {type(model).__name__}. factorize_hessian and the products also "
-            "take TrackedNetwork(net), for any net that torch.fx can trace; other functions don't yet"
+            f"model must be a DeepMLPWithTracking or a TrackedNetwork, got {type(model).__name__}: wrap a network by "
+            "model = TrackedNetwork(net) and call model(x, y, track_activations=True); a compiled or parallel model "
+            "is to be unwrapped"
         )
 
 
@@ -113,7 +188,9 @@ def check_tracked(tracked: Tracked | None, loss: Tensor, parameters: Sequence[Te
             "to DampedNewton weight_decay=w"
         )
     if not bool(torch.isfinite(loss)):
-        raise ValueError(f"the loss is {loss.item()}: look for overflow in the inputs or the parameters")
+        raise ValueError(
+            f"the loss is {loss.item()}: look for NaN, infinity and overflow in inputs, targets and parameters"
+        )
     if len(parameters) != len(tracked.parameters) or not all(map(_equal, parameters, tracked.parameters)):
         raise ValueError("the parameters changed since the loss was tracked: call the model on the batch again")
     return tracked
@@ -155,11 +232,14 @@ def check_linears(layers: Iterable[nn.Module], parameters: Iterable[Tensor]) -> 
 
 def check_loss(tracked: TrackedBatch, loss: Tensor, source: str = "the plain layers") -> None:
     """That `loss`, of the source, is the tracked one: no hook, no overridden forward."""
+    if isinstance(tracked.inputs, Tensor) and not bool(torch.isfinite(tracked.inputs).all()):
+        raise ValueError("x has infinite entries, where the derivatives are NaN: look for overflow in the data")
     tolerance = math.sqrt(torch.finfo(tracked.value.dtype).eps) if not tracked.autocast else 0.1
     if not bool((loss - tracked.value).abs() <= tolerance * (1 + loss.abs())):
         raise ValueError(
             f"the tracked loss is {tracked.value.item():.8g}, that of {source} {loss.item():.8g}: is there a hook, a "
-            "changed buffer, another activation, a random layer, or an overridden forward? The solve can't see those"
+            "changed buffer, another activation, a random layer, or an overridden forward? The solve can't see those: "
+            "take it out, or call .eval() before the loss is tracked"
         )
 
 
@@ -212,11 +292,20 @@ def checked_nonnegative(name: str, value: float) -> float:
     return number.item()
 
 
-def checked_radius(radius: float) -> float:
-    number = _numbers(radius)
+def checked_positive(name: str, value: float, cure: str) -> float:
+    number = _numbers(value)
     if number.shape != () or not 0 < number < math.inf:
-        raise ValueError(f"radius must be a finite number > 0, the greatest length of the step, got {radius!r}")
+        raise ValueError(f"{name} must be positive and finite, got {value!r}: {cure}")
     return number.item()
+
+
+def checked_closure(closure: Callable[[], T] | None) -> Callable[[], T]:
+    if not callable(closure):
+        raise TypeError(
+            f"the closure must be a function that returns the loss, got {type(closure).__name__}: pass "
+            "lambda: model(x, y, track_activations=True)"
+        )
+    return closure
 
 
 def checked_batch_size(batch_size: int) -> int:
@@ -255,6 +344,6 @@ def check_combination(
 
 
 def checked_rtol(rtol: float) -> float:
-    if rtol is None or not 0 < rtol < 1:
+    if not 0 < _numbers(rtol) < 1:
         raise ValueError(f"rtol must lie between 0 and 1, got {rtol!r} (None, unchecked, is for `.solve` alone)")
     return rtol

@@ -356,7 +356,8 @@ class HessianFactorization:
     ) -> str:
         """The first of `tries` that solves v (P, k) to rtol, and an rtol near the residual reached, where that
         `solves`. What is advised was tried, on all of v and with all options."""
-        found = ["another damping"]
+        undamped = "a damping other than 0 (without damping, hessian_inverse_vector_product finds an x if there is one)"
+        found = ["another damping" if any(self._settings.epsilons(1)) else undamped]
         for settings in tries:
             try:
                 residual = self._again(settings)._refined(v, rtol).residual

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from typing import NamedTuple
@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from _hessian.argument_checks import as_one_batch, check_loss, check_tracked
+from _hessian.argument_checks import (
+    as_one_batch,
+    check_class_targets,
+    check_grad_mode,
+    check_loss,
+    check_network_call,
+    check_outputs,
+    check_same_shape,
+    check_tracked,
+    note_of_call,
+)
 from _hessian.costs import RouteCost, factor_operations, free_bytes
 from _hessian.data_sets import DataSet, TracksLosses
 from _hessian.dense import check_product, dense_matrix, factor_dense
@@ -34,6 +44,7 @@ from _hessian.trace import Traced, check_modules, trace
 
 FEW_PARAMETERS = 500  # up to here the dense route took a third to 1.3 times as long: Python's time is not counted
 NAMED_LOSSES = ("cross_entropy", "mse", "binary_cross_entropy")
+_ELEMENTWISE_LOSSES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -65,10 +76,13 @@ class TrackedNetwork(TracksLosses):
         closed_forms: ClosedForms | None = None,
     ):
         super().__init__()
-        if not isinstance(net, nn.Module):
-            raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
-        if isinstance(loss, str) and loss not in NAMED_LOSSES:
-            raise ValueError(f"unknown loss {loss!r}: choose {', '.join(map(repr, NAMED_LOSSES))}, or pass a function")
+        if not isinstance(net, nn.Module) or isinstance(net, TracksLosses):
+            raise TypeError(f"net must be a torch.nn.Module, none of this library's, got {type(net).__name__}")
+        if loss not in NAMED_LOSSES and (not callable(loss) or isinstance(loss, type)):
+            raise ValueError(
+                f"unknown loss {loss!r}: choose {', '.join(map(repr, NAMED_LOSSES))}, or pass a function or a loss "
+                "module, such as nn.CrossEntropyLoss()"
+            )
         if getattr(loss, "reduction", "mean") == "none":
             raise ValueError("a loss module needs reduction='mean' or 'sum', got 'none'")
         if class_dim not in (None, 1, -1):
@@ -80,29 +94,40 @@ class TrackedNetwork(TracksLosses):
     def forward(self, x: Tensor | tuple[Tensor, ...], targets: Tensor | None = None, track_activations: bool = False):
         inputs = x if isinstance(x, tuple) else (x,)
         if track_activations:
+            check_grad_mode()
             check_modules(self.net)
-        outputs = self.net(*inputs)
+        if targets is None and track_activations:
+            raise ValueError("track_activations=True needs targets: call model(x, y, track_activations=True)")
+        if targets is not None:
+            check_network_call(inputs, targets)
+        try:
+            outputs = self.net(*inputs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            error.add_note(note_of_call(inputs, self.parameters()))
+            raise
         if targets is None:
-            if track_activations:
-                raise ValueError("track_activations=True needs targets: call model(x, y, track_activations=True)")
             return outputs
+        check_outputs(inputs, outputs, targets)
+        self._check_targets(outputs, targets, track_activations)
         loss = self.loss_value(outputs, targets)
         if track_activations:
-            self._check_tracked_call(inputs, outputs, loss)
+            if loss.dim() != 0:
+                raise ValueError(f"the loss must be one number, got shape {tuple(loss.shape)}")
             self._track(inputs, targets, loss)
         return loss
 
-    def _check_tracked_call(self, inputs: Sequence[Tensor], outputs: Tensor, loss: Tensor) -> None:
-        sizes = {len(x) for x in inputs}
-        if not isinstance(outputs, Tensor) or len(sizes) != 1 or len(outputs) not in sizes:
-            raise ValueError(
-                f"inputs and outputs must have the N samples of the batch in their first dimension, got "
-                f"{[tuple(x.shape) for x in inputs]} and {getattr(outputs, 'shape', type(outputs).__name__)}"
-            )
-        if len(outputs) == 0:
-            raise ValueError("the batch is empty: the mean loss of no samples has no Hessian")
-        if loss.dim() != 0:
-            raise ValueError(f"the loss must be one number, got shape {tuple(loss.shape)}")
+    def _check_targets(self, outputs: Tensor, targets: Tensor, values: bool) -> None:
+        """Shape and dtype of targets, as far as the loss is known; where `values`, class indices too."""
+        if self.loss in ("mse", "binary_cross_entropy") or isinstance(self.loss, _ELEMENTWISE_LOSSES):
+            check_same_shape(self.loss if isinstance(self.loss, str) else type(self.loss).__name__, outputs, targets)
+        elif self.loss == "cross_entropy" or isinstance(self.loss, nn.CrossEntropyLoss):
+            if outputs.dim() < 2:
+                raise ValueError(
+                    f"a cross-entropy needs outputs (N, C) or (N, …, C), got {tuple(outputs.shape)}: return the logits "
+                    "of the C classes, or take loss='binary_cross_entropy' for one logit"
+                )
+            class_dim = self._class_dim(outputs, targets) if isinstance(self.loss, str) else 1
+            check_class_targets(outputs, targets, class_dim, getattr(self.loss, "ignore_index", -100), values)
 
     def loss_value(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean loss ()."""
@@ -126,7 +151,8 @@ class TrackedNetwork(TracksLosses):
         losses = self.loss(outputs, targets)
         if losses.shape != outputs.shape[:1]:
             raise ValueError(
-                f"a loss function must return one loss a sample, ({len(outputs)},), got {tuple(losses.shape)}"
+                f"a loss function must return one loss a sample, ({len(outputs)},), got {tuple(losses.shape)}: take "
+                "reduction='none', or for one number a loss by name or a loss module"
             )
         return losses.mean()
 
@@ -490,6 +516,8 @@ def operations_of(model: TrackedNetwork) -> tuple[Operation, ...]:
 
 
 def _in_float64(model: TrackedNetwork) -> TrackedNetwork:
+    check_grad_mode()
+    check_modules(model.net)
     loss = copy.deepcopy(model.loss).double() if isinstance(model.loss, nn.Module) else model.loss
     net = copy.deepcopy(model.net).double()
     copied = TrackedNetwork(net, loss, class_dim=model.class_dim, closed_forms=model.closed_forms)

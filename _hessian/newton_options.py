@@ -8,7 +8,7 @@ from typing import NamedTuple, NotRequired, TypedDict
 
 from torch import Tensor
 
-from _hessian.argument_checks import checked_nonnegative
+from _hessian.argument_checks import checked_nonnegative, checked_positive
 
 
 class Options(NamedTuple):
@@ -45,10 +45,10 @@ class Options(NamedTuple):
             )
         if self.route == "gram" and self.curvature == "hessian":
             raise ValueError("route='gram' has the Gauss–Newton curvature only: pass route='sweep' or curvature='auto'")
-        if self.metric_damping is not None and not (0 < self.metric_damping < math.inf):
-            raise ValueError(
-                f"metric_damping must be positive and finite, got {self.metric_damping!r}: pass None for the default"
-            )
+        if not _is_integer(self.seed, -math.inf):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        if self.metric_damping is not None:
+            checked_positive("metric_damping", self.metric_damping, "pass None for the default")
         for name, number in (("weight_decay", self.weight_decay), ("gtol", self.gtol), ("htol", self.htol)):
             checked_nonnegative(name, number)
 
@@ -64,7 +64,7 @@ class Options(NamedTuple):
         return self.curvature != "hessian" and self.cg_iterations > 0 and not self.uses_all_samples(batch_size)
 
 
-def _is_integer(value: object, minimum: int) -> bool:
+def _is_integer(value: object, minimum: float) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= minimum
 
 

@@ -135,13 +135,21 @@ def make_program(
 
 
 def loss_hessian(loss: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
-    """Λ (N, C, C), C the numbers that the network returns for a sample."""
+    """Λ (N, C, C), C the numbers that the network returns for a sample. ValueError for a loss that couples samples."""
     N = len(outputs)
     C = outputs.numel() // N
     second = transposed_jacobian(torch.func.grad(loss), [outputs])
     unit = torch.eye(C, dtype=outputs.dtype, device=outputs.device)[:, None].expand(C, N, C)
     rows = torch.func.vmap(lambda c: second(c)[0], chunk_size=256)(unit.reshape(C, *outputs.shape))
-    return rows.reshape(C, N, C).transpose(0, 1)
+    blocks = rows.reshape(C, N, C).transpose(0, 1)
+    v = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0), dtype=outputs.dtype).to(outputs.device)
+    error = second(v)[0].reshape(N, C) - (blocks @ v.reshape(N, C, 1))[..., 0]
+    if bool(error.norm() > 1e-8 * blocks.norm() * v.norm()):
+        raise ValueError(
+            "the loss of a sample depends on the outputs of other samples, which elimination does not allow: take a "
+            "loss of single samples, or route='dense'"
+        )
+    return blocks
 
 
 class Products:

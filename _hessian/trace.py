@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import operator
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -24,6 +27,7 @@ _UNTRACEABLE = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)
 LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
 
 
@@ -64,7 +68,7 @@ def trace(net: nn.Module, inputs: Sequence[Tensor], leaves: tuple[type[nn.Module
     leaves: kinds of modules not to look into, which must have no parameters.
     """
     check_modules(net)
-    net = copy.deepcopy(net).double()
+    original, net = net, copy.deepcopy(net).double()
     names = {id(p): name for name, p in net.named_parameters()}
     for module in list(net.modules()):
         if getattr(module, "inplace", False) is True:
@@ -81,11 +85,12 @@ def trace(net: nn.Module, inputs: Sequence[Tensor], leaves: tuple[type[nn.Module
     tracer = _Tracer(leaves)
     try:
         with _traced_factories():
-            graph = tracer.trace(net)
+            graph = tracer.trace(net, _defaults(net, len(inputs)))
     except (torch.fx.proxy.TraceError, TypeError, RuntimeError, AttributeError) as error:
         raise TypeError(
-            f"torch.fx can't trace {type(net).__name__}: {str(error).split('. ')[0]}. Control flow must not depend on "
-            "data; loops over layers, or over a number of time steps, are fine"
+            f"torch.fx can't trace {type(net).__name__}, {_place(error)}: {str(error).split('. ')[0]}. Control flow "
+            "(if, assert, a loop's length) must not depend on data or on sizes: take constants for sizes, and "
+            "torch.where for branches and for x[i] = y"
         ) from error
     traced = fx.GraphModule(net, graph)
     recorder = Recorder(traced)
@@ -104,7 +109,51 @@ def trace(net: nn.Module, inputs: Sequence[Tensor], leaves: tuple[type[nn.Module
         else:
             _out_of_place(node)
     traced.recompile()
+    _check_same(original, traced, names, inputs)
     return Traced(traced, names)
+
+
+def _defaults(net: nn.Module, num_inputs: int) -> dict[str, object]:
+    """The arguments of `forward` after the inputs, at their defaults: `targets=None` is a constant, no tensor."""
+    last = list(inspect.signature(net.forward).parameters.values())[num_inputs:]
+    return {p.name: p.default for p in last if p.default is None or isinstance(p.default, bool | int | float | str)}
+
+
+def _place(error: Exception) -> str:
+    """The line of the network that torch.fx stopped at."""
+    frames = [x for x in traceback.extract_tb(error.__traceback__) if not x.filename.startswith(fx.__path__[0])]
+    return f"at line {frames[-1].lineno} of {Path(frames[-1].filename).name}, `{frames[-1].line}`"
+
+
+def _check_same(net: nn.Module, traced: fx.GraphModule, names: Mapping[int, str], inputs: Sequence[Tensor]) -> None:
+    """That the graph computes what the network does: its outputs, and their derivative along random directions."""
+    of = dict(net.named_parameters())
+    trainable = [p for p in traced.parameters() if p.requires_grad]
+    found = []
+    for module, parameters in ((net, [of[names[id(p)]] for p in trainable]), (traced, trainable)):
+        with torch.enable_grad():
+            y = module(*inputs)
+            if not isinstance(y, Tensor):
+                return  # refused where the operations are made
+            weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(y)
+            grads = torch.autograd.grad((weights * y).sum(), parameters, allow_unused=True) if y.requires_grad else ()
+        pairs = zip(grads, parameters, strict=False)
+        found.append(
+            [y.detach(), torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs] or [y[:0]])]
+        )
+    if not bool(torch.isfinite(found[0][1]).all()):
+        raise ValueError(
+            "the derivatives of the network are NaN or infinite: look for infinity in the inputs and the parameters, "
+            "and for sqrt(0) or 0/0 in `forward`"
+        )
+    for a, b in zip(*found, strict=True):
+        size = float(a.nan_to_num(posinf=0.0, neginf=0.0).abs().max()) if a.numel() else 0.0
+        if not torch.allclose(a, b, rtol=0.0, atol=1e-5 * size, equal_nan=True):
+            raise ValueError(
+                f"the graph that torch.fx traced of {type(net).__name__} has other outputs or derivatives than the "
+                "network: take out in-place operations (h = h.tanh(), not h.tanh_()), torch.no_grad() in `forward` "
+                "(take .detach()), and what is random (call .eval())"
+            )
 
 
 @contextmanager
@@ -156,20 +205,35 @@ def _out_of_place(node: fx.Node) -> None:
 
 
 def check_modules(net: nn.Module) -> None:
-    """That no module is one that can't be traced, or mixes samples, or is random."""
-    for name, module in net.named_modules():
+    """That no module is one that can't be copied or traced, or mixes samples, or is random."""
+    for path, module in net.named_modules():
         kind = type(module).__name__
+        name = path or "the network"
         if isinstance(module, _UNTRACEABLE):
             cure = "write it with nn.Linear (a cell as a loop over time steps) or nn.MultiheadAttention"
-            raise TypeError(f"{name or kind} is a {kind}, which torch.fx can't look into: {cure}")
-        if parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
+            raise TypeError(f"{name} is of kind {kind}, which torch.fx can't look into: {cure}")
+        if isinstance(module, _WRAPPERS) or hasattr(module, "_orig_mod"):
+            raise TypeError(f"{name} is wrapped (it is a {kind}): pass the plain module that was compiled or wrapped")
+        if parametrize.is_parametrized(module) or hasattr(module, "weight_g") or hasattr(module, "weight_orig"):
             raise TypeError(
-                f"{name or kind} has a parametrized weight, which hides its parameters: compute the weight in "
+                f"{name} has a parametrized weight, which hides its parameters: compute the weight in "
                 "`forward`, and call torch.nn.functional"
             )
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                raise TypeError(
+                    f"{name} keeps a tensor with its graph as .{attribute}, and can't be copied: keep "
+                    f"{attribute}.detach(), or nothing"
+                )
+        if any(p.is_complex() for p in module.parameters(recurse=False)):
+            raise TypeError(f"{name} has complex parameters: make real ones of their real and imaginary parts")
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise ValueError(f"{name} has sparse gradients, which have no second derivative: pass sparse=False")
         if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"{name} is a {kind} in training mode, which mixes the samples: call .eval() first")
-        if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        random = random or isinstance(module, nn.MultiheadAttention) and module.dropout > 0
+        if module.training and (random or isinstance(module, nn.RReLU)):
             raise ValueError(f"{name} is a {kind} in training mode, which is random: call .eval() first")
 
 

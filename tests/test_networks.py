@@ -286,7 +286,6 @@ def test_multihead_attention():
     assert f.num_negative_eigenvalues == int((torch.linalg.eigvalsh(H) < -0.1).sum())
 
 
-@pytest.mark.slow
 class Unused(nn.Module):
     """Parameters that the loss does not depend on: never called, called for nothing, or cut off."""
 

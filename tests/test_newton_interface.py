@@ -126,11 +126,14 @@ def test_wrong_optimizer_arguments():
         DampedNewton(model).step,
         lambda: None,
     )
-    raises(TypeError, "closure must return the loss, got NoneType", DampedNewton(model).step)
+    raises(TypeError, "closure must be a function .*, got NoneType: pass lambda", DampedNewton(model).step)
+    raises(TypeError, "closure must be a function .*, got Tensor", DampedNewton(model).step, model(x, y))
     raises(ValueError, "route='gram' has the Gauss–Newton", DampedNewton, model, route="gram", curvature="hessian")
     raises(ValueError, "weight_decay", DampedNewton, model, weight_decay=-1.0)
     raises(ValueError, "damping must be positive.*pass 1.0", DampedNewton, model, damping=0.0)
+    raises(ValueError, "damping must be positive.*got '1'", DampedNewton, model, damping="1")
     raises(ValueError, "metric_damping must be positive.*pass None", DampedNewton, model, metric_damping=-1)
+    raises(ValueError, "seed must be an integer, got None", DampedNewton, model, seed=None)
     raises(ValueError, "curvature_batch must", DampedNewton, model, curvature_batch=True)
     raises(ValueError, "cg_iterations must be an integer ≥ 0, .* got -1", DampedNewton, model, cg_iterations=-1)
     optimizer = DampedNewton(model)

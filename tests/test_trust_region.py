@@ -360,7 +360,7 @@ def test_wrong_input():
     model, loss = tracked_loss(Case((6, 4), 3))
     g = random_vector(num_parameters(model))
     for radius in (0.0, -1.0, math.nan, math.inf, None, [1.0]):
-        raises(ValueError, "radius must be a finite number > 0", trust_region_step, model, loss, g, radius)
+        raises(ValueError, "radius must be positive and finite", trust_region_step, model, loss, g, radius)
     raises(ValueError, f"shape \\({len(g)},\\)", trust_region_step, model, loss, g[1:], 1.0)
     raises(ValueError, "one at a time", trust_region_step, model, loss, g[:, None], 1.0)
     raises(ValueError, "NaN", trust_region_step, model, loss, g * math.nan, 1.0)

@@ -57,6 +57,9 @@ def test_wrong_batches():
     raises(ValueError, "off by 2", model, x, torch.ones(3, 3).double(), track_activations=True)
     raises(ValueError, "≥ 0", model, x, torch.tensor([[2.0, -1, 0]] * 3).double(), track_activations=True)
     raises(ValueError, "is empty", model, x[:0], y[:0], track_activations=True)
+    raises(TypeError, "targets must be a tensor, got list", model, x, y.tolist())
+    infinite = model(torch.where(x == x[0, 0], math.inf, x), y, track_activations=True)  # tanh(∞) = 1: a finite loss
+    raises(ValueError, "x has infinite entries", factorize_hessian, model, infinite, 0.1)
     mse, x, targets = Case((6, 4), 3, loss="mse").build()
     raises(ValueError, "targets must be", mse, x, targets[:, :1])
     raises(ValueError, "targets must be", mse, x, targets.float())
