@@ -155,7 +155,12 @@ def test_a_loss_that_couples_samples():
     def spread(outputs: Tensor, _: Tensor) -> Tensor:
         return (outputs - outputs.mean(0)).square().sum(1)
 
+    def pairs(outputs: Tensor, _: Tensor) -> Tensor:
+        return (outputs * outputs.roll(3, 0)).sum(1)  # samples i and i + 3 alone
+
     net = Net()
+    with pytest.raises(ValueError, match="depends on the outputs of other samples"):
+        factorize(net, loss=pairs, route="sweep")
     for options in ({"keep": "inertia"}, {"curvature": "gauss_newton"}):
         with pytest.raises(ValueError, match="the loss of a sample depends on .* other samples.*route='dense'"):
             factorize(net, loss=spread, route="sweep", **options)
