@@ -33,7 +33,7 @@ class LayerShape(NamedTuple):
 
 
 class RouteCost(NamedTuple):
-    """Of one factorization; float64 unless it is mixed."""
+    """What one factorization takes, in float64, or in float32 with precision='mixed'."""
 
     operations: float  # floating-point additions and multiplications to factor
     solve_operations: float  # of one direct solve, a column

@@ -343,8 +343,12 @@ class HessianFactorization:
         if min(now.epsilons(1)) <= 0:
             return []
         damping = self.damping
-        scaled = (tuple(c * e for e in damping) if isinstance(damping, tuple) else c * damping for c in factors)
-        return [now._replace(damping=x) for x in scaled]
+        return [
+            now._replace(
+                damping=tuple(_short(c * e) for e in damping) if isinstance(damping, tuple) else _short(c * damping)
+            )
+            for c in factors
+        ]
 
     def _advice(
         self,
@@ -374,6 +378,11 @@ class HessianFactorization:
         if reached < 0.4 and solves(looser):
             found.append(f"rtol={looser:.1e} to accept this answer")
         return f"Pass {', or '.join(found)}"
+
+
+def _short(number: float) -> float:
+    """To three digits, as the message prints it."""
+    return float(f"{number:.3g}")
 
 
 def factorize_system(
