@@ -51,10 +51,19 @@ class Traced(NamedTuple):
 class _Tracer(fx.Tracer):
     def __init__(self, leaves: tuple[type[nn.Module], ...]):
         super().__init__()
-        self._leaves = leaves + LEAVES + _UNTRACEABLE
+        self._leaves = leaves + _UNTRACEABLE
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, self._leaves) or _written_out(m) is not None or _plain(m)
+        known = isinstance(m, LEAVES) and _as_in_torch(m)
+        return known or isinstance(m, self._leaves) or _written_out(m) is not None or _plain(m)
+
+
+def _as_in_torch(m: nn.Module) -> bool:
+    """Whether it computes what its kind of torch does: no `forward` of its own, no hook."""
+    kind = next(k for k in type(m).__mro__ if k.__module__.startswith("torch.nn"))
+    methods = ("forward", "_conv_forward")
+    own = any(x in vars(m) or getattr(type(m), x, None) is not getattr(kind, x, None) for x in methods)
+    return not (own or m._forward_hooks or m._forward_pre_hooks)
 
 
 def _plain(m: nn.Module) -> bool:
@@ -74,7 +83,7 @@ def trace(net: nn.Module, inputs: Sequence[Tensor], leaves: tuple[type[nn.Module
         if getattr(module, "inplace", False) is True:
             setattr(module, "inplace", False)  # noqa: B010 (modules have it by name only)
         for name, child in module.named_children():
-            if isinstance(child, nn.MultiheadAttention):
+            if isinstance(child, nn.MultiheadAttention) and _as_in_torch(child):
                 setattr(module, name, WrittenAttention(child))
     for name, module in net.named_modules():
         if isinstance(module, leaves) and list(module.parameters()):
@@ -341,6 +350,8 @@ _Replacement = Callable[[fx.Graph, fx.Node, int], fx.Node]
 def _written_out(m: nn.Module) -> _Replacement | None:
     """What puts a module with parameters into the graph as functions of these, for outputs of so many dimensions."""
     options: dict[str, fx.node.Argument] = {}
+    if not _as_in_torch(m):
+        return None
     if isinstance(m, nn.LayerNorm):
         normalize: Callable[..., Tensor] = layer_norm
         options = {"normalized_shape": tuple(m.normalized_shape), "eps": m.eps}

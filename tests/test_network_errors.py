@@ -168,6 +168,43 @@ def test_a_loss_that_couples_samples():
     assert factorize(net, loss=spread, route="dense").num_negative_eigenvalues == int((eigenvalues < -0.1).sum())
 
 
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, 2 * self.weight, self.bias)
+
+
+class Centred(nn.Conv1d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean(2, keepdim=True), bias)
+
+
+class Tripled(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+def hooked() -> nn.Linear:
+    linear = nn.Linear(4, 5)
+    linear.register_forward_hook(lambda module, inputs, outputs: 2 * outputs.square())
+    return linear
+
+
+@pytest.mark.parametrize("make", [lambda: Doubled(4, 5), lambda: Centred(1, 2, 2), lambda: Tripled(4), hooked])
+def test_kinds_of_torch_that_compute_something_else(make):
+    """Subclasses with a `forward` of their own and modules with hooks are looked into."""
+    torch.manual_seed(0)
+    first = make()
+    shape = (1, 4) if isinstance(first, nn.Conv1d) else (4,)
+    net = nn.Sequential(nn.Unflatten(1, shape), first, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3))
+    net(X.float())
+    net.double()
+    model = TrackedNetwork(net)
+    A = oracle(model, X, Y) + 0.1 * torch.eye(sum(p.numel() for p in net.parameters()), dtype=torch.float64)
+    f = factorize_hessian(model, model(X, Y, track_activations=True), 0.1, route="sweep", keep="inertia")
+    assert f.num_negative_eigenvalues == int((torch.linalg.eigvalsh(A) < 0).sum())
+    assert f.logabsdet == pytest.approx(float(torch.linalg.slogdet(A).logabsdet), abs=1e-9)
+
+
 class WithTargets(Net):
     """As GPTs are often written: targets and options have defaults."""
 
