@@ -115,6 +115,8 @@ def trace(net: nn.Module, inputs: Sequence[Tensor], leaves: tuple[type[nn.Module
             node.target = scaled_dot_product_attention
         elif node.target is F.layer_norm:
             node.target = layer_norm
+        elif node.target is F.prelu:
+            node.target = prelu
         else:
             _out_of_place(node)
     traced.recompile()
@@ -318,6 +320,10 @@ def rms_normalized(x: Tensor, normalized_shape: Sequence[int], eps: float | None
     dims = list(range(-len(normalized_shape), 0))
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     return x * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
+
+
+def prelu(x: Tensor, weight: Tensor) -> Tensor:
+    return _leaky_relu(x, weight.reshape(-1, *(1,) * (x.dim() - 2)) if x.dim() > 2 else weight)
 
 
 def scaled_dot_product_attention(

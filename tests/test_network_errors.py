@@ -183,13 +183,20 @@ class Tripled(nn.LayerNorm):
         return 3 * super().forward(x)
 
 
+class Rectified(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.prelu(super().forward(x), self.bias)
+
+
 def hooked() -> nn.Linear:
     linear = nn.Linear(4, 5)
     linear.register_forward_hook(lambda module, inputs, outputs: 2 * outputs.square())
     return linear
 
 
-@pytest.mark.parametrize("make", [lambda: Doubled(4, 5), lambda: Centred(1, 2, 2), lambda: Tripled(4), hooked])
+@pytest.mark.parametrize(
+    "make", [lambda: Doubled(4, 5), lambda: Centred(1, 2, 2), lambda: Tripled(4), lambda: Rectified(4, 5), hooked]
+)
 def test_kinds_of_torch_that_compute_something_else(make):
     """Subclasses with a `forward` of their own and modules with hooks are looked into."""
     torch.manual_seed(0)
