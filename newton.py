@@ -70,9 +70,9 @@ class DampedNewton(torch.optim.Optimizer):
     saddles, and where Gauss–Newton finds nothing or gets slow: f falls by less than 2 % in five steps. (Being slow does
     not count with cross-entropy and no L2 term. There the minimum lies at infinity as a rule, and H tends to JᵀΛJ.)
     metric: D, what λ penalizes. 'parameter': ‖x‖². 'state': the change of all hidden pre-activations (below). 'auto':
-    'state', but 'parameter' for a `DeepMLPWithTracking` of one input. A small ResNet took 6 steps to a loss of 0.1 with
-    'state', and more than 60 with 'parameter'; a small GPT took 7 or 8 with either.
-    route: how Gauss–Newton systems are solved. 'gram': in N·C unknowns (`DeepMLPWithTracking` only). 'sweep': by a
+    'state', but 'parameter' for a `DeepMLPWithTracking` of one input. A small ResNet took 6 to 8 steps to a loss of 0.1
+    with 'state', and more than 60 with 'parameter'; a small GPT took 7 or 8 with either.
+    route: how Gauss–Newton systems are solved. 'gram': in N·C unknowns. 'sweep': by a
     factorization, as in hessian.py. 'auto': the one with fewer counted operations.
     curvature_batch: k. G is that of k samples, drawn anew for each step from (seed, step). None: of all samples. The
     gradient and the trial objectives are always those of the whole batch.
@@ -80,7 +80,7 @@ class DampedNewton(torch.optim.Optimizer):
     samples, and the exact solve with the k samples is their preconditioner. 0: the curvature of the k samples alone.
     weight_decay: c of the L2 term ½c‖θ‖², exactly: in f, g, the curvature and the trials. (SGD's weight_decay.)
     damping: the first λ. Each step finds its own from there.
-    metric_damping: ρ, see below. None: 1e-4 by the Gram route with all samples, else 0.1.
+    metric_damping: ρ, see below. None: 0.1; 1e-4 by the Gram route of a `DeepMLPWithTracking`, all samples.
     gtol, htol: `converged` is set where ‖g‖ ≤ gtol and H + (c + htol) I is positive definite, by its inertia: a
     second-order stationary point; then `.report.certified` is True. H is not examined where curvature_batch leaves
     samples out, or where its factorization would take more than 4 GB. There ‖g‖ ≤ gtol suffices, and
@@ -96,10 +96,11 @@ class DampedNewton(torch.optim.Optimizer):
     exactly, as far as torch does (on CUDA ask it to). It goes on bit for bit after `load_state_dict`.
 
     The metric 'state', of Gauss–Newton steps; with the exact H, D = I. By a factorization: D = ρI + Σ SᵀS/N, with S x
-    the change of a layer's pre-activations: the state damping of hessian.py. By the Gram route:
-    D = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) in hidden layers, ρI in the output layer. Ω_ℓ measures what a change of layer
-    ℓ's pre-activations does to all hidden ones. A_ℓ is z̃ᵀz̃/N, or with fewer samples than inputs a multiple of I. π² is
-    the ratio of their mean eigenvalues, Ω_ℓ's to A_ℓ's.
+    the change of a layer's pre-activations: the state damping of hessian.py. By the Gram route of a `TrackedNetwork`:
+    D = (ρ + s)I in each parameter tensor, s the mean diagonal of its part of Σ SᵀS/N, estimated by random signs. By
+    that of a `DeepMLPWithTracking`: D = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I) in hidden layers, ρI in the output layer.
+    Ω_ℓ measures what a change of layer ℓ's pre-activations does to all hidden ones. A_ℓ is z̃ᵀz̃/N, or with fewer
+    samples than inputs a multiple of I. π² is the ratio of their mean eigenvalues, Ω_ℓ's to A_ℓ's.
 
     Cost of a step with k samples and K = C − 1 (or C). By the Gram route: 2 (kK)² Σa operations for a matrix, and
     (kK)³/3 for each λ tried, of which there is one as a rule. By a factorization: one for each λ. For the trials of a
@@ -186,8 +187,6 @@ class DampedNewton(torch.optim.Optimizer):
         """As they stand in the parameter group: they may have been changed there."""
         options = Options(*(self.param_groups[0][name] for name in Options._fields))
         options.check()
-        if options.route == "gram" and isinstance(self._model, TrackedNetwork):
-            raise ValueError("route='gram' is for DeepMLPWithTracking: pass route='auto'")
         return options
 
     def _chain(self) -> Chain:

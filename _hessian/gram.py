@@ -20,7 +20,8 @@ the split π of their damping; Tassa, Erez & Todorov (2012), steps measured in s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple, Protocol
@@ -116,6 +117,22 @@ def state_weights(layers: Sequence[LayerDerivatives]) -> list[Tensor]:
     return Omega[::-1]
 
 
+class MetricBlock(Protocol):
+    """Parameters that follow each other, with their part of J and of the metric D. Vectors (P,) are their parts."""
+
+    @property
+    def size(self) -> int: ...
+
+    def apply(self, v: Tensor) -> Tensor:
+        """D v"""
+
+    def solve(self, v: Tensor) -> Tensor:
+        """D⁻¹ v"""
+
+    def transpose(self, y: Tensor) -> Tensor:
+        """D⁻¹ Jᵀ y for y (K N,)."""
+
+
 class _LayerGroup(NamedTuple):
     """g neighbouring layers of one shape, whitened by their part of the metric, D_ℓ = Ω_ℓ ⊗ A_ℓ."""
 
@@ -124,6 +141,7 @@ class _LayerGroup(NamedTuple):
     output_factor: Tensor | None  # (g, a, a) F: Ω = F Fᵀ; None: the identity
     input_factor: Tensor  # (g, d, d) C: A = C Cᵀ; or (g or 1, 1, 1), a multiple of the identity
     width: int  # a′, the inputs but the bias
+    num_columns: int  # K
 
     def unwhiten(self, U: Tensor) -> Tensor:
         """F⁻ᵀ U C⁻¹ for U (g, a, d)."""
@@ -131,34 +149,39 @@ class _LayerGroup(NamedTuple):
             U = torch.linalg.solve_triangular(self.output_factor.mT, U, upper=True)
         return _solve_right(self.input_factor, U, upper=False)
 
-    def solve(self, X: Tensor) -> Tensor:
-        """Ω⁻¹ X A⁻¹ for X (g, a, d)."""
+    def solve(self, v: Tensor) -> Tensor:
+        X = self._unflatten(v)  # Ω⁻¹ X A⁻¹
         if self.output_factor is not None:
             X = torch.linalg.solve_triangular(self.output_factor, X, upper=False)
-        return self.unwhiten(_solve_right(self.input_factor.mT, X, upper=True))
+        return self._flatten(self.unwhiten(_solve_right(self.input_factor.mT, X, upper=True)))
 
-    def apply(self, X: Tensor) -> Tensor:
-        """Ω X A for X (g, a, d): the inverse of `solve`."""
+    def apply(self, v: Tensor) -> Tensor:
+        X = self._unflatten(v)  # Ω X A
         if self.output_factor is not None:
             X = self.output_factor @ (self.output_factor.mT @ X)
         if self.input_factor.shape[2] == 1:
-            return X * self.input_factor**2
-        return (X @ self.input_factor) @ self.input_factor.mT
+            return self._flatten(X * self.input_factor**2)
+        return self._flatten((X @ self.input_factor) @ self.input_factor.mT)
+
+    def transpose(self, y: Tensor) -> Tensor:
+        weighted = self.outputs * y  # (g, a, K N)
+        if self.num_columns != 1:
+            weighted = weighted.unflatten(2, (self.num_columns, -1)).sum(2)  # (g, a, N)
+        return self._flatten(self.unwhiten(weighted @ self.inputs))
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """g, a, d."""
-        return len(self.inputs), self.outputs.shape[1], self.inputs.shape[2]
+    def size(self) -> int:
+        return self.outputs.shape[1] * self.inputs[:, 0].numel()
 
-    def flatten(self, X: Tensor) -> Tensor:
+    def _flatten(self, X: Tensor) -> Tensor:
         """(g, a, d) → the layers' part of a flat vector: each weight, then its bias."""
         return torch.cat([X[:, :, : self.width].flatten(1), X[:, :, self.width :].flatten(1)], 1).flatten()
 
-    def unflatten(self, v: Tensor) -> Tensor:
-        """The inverse of `flatten`."""
-        g, a, d = self.shape
-        weight, bias = v.view(g, -1).split((a * self.width, a * (d - self.width)), 1)
-        return torch.cat([weight.view(g, a, -1), bias.view(g, a, -1)], 2)
+    def _unflatten(self, v: Tensor) -> Tensor:
+        """The inverse of `_flatten`."""
+        a, d = self.outputs.shape[1], self.inputs.shape[2]
+        weight, bias = v.view(len(self.inputs), -1).split((a * self.width, a * (d - self.width)), 1)
+        return torch.cat([weight.unflatten(1, (a, self.width)), bias.unflatten(1, (a, d - self.width))], 2)
 
 
 def _solve_right(C: Tensor, X: Tensor, upper: bool) -> Tensor:
@@ -166,10 +189,10 @@ def _solve_right(C: Tensor, X: Tensor, upper: bool) -> Tensor:
     return X / C if C.shape[2] == 1 else torch.linalg.solve_triangular(C, X, upper=upper, left=False)
 
 
-def _identity_group(inputs: Tensor, outputs: Tensor, multiple: float, width: int) -> _LayerGroup:
+def _identity_group(inputs: Tensor, outputs: Tensor, multiple: float, width: int, K: int) -> _LayerGroup:
     """D = multiple · I, for z̃ (g, N, d) and Eᵀ (g, a, K N)."""
     root = math.sqrt(multiple)
-    return _LayerGroup(inputs, outputs / root, None, inputs.new_full((1, 1, 1), root), width)
+    return _LayerGroup(inputs, outputs / root, None, inputs.new_full((1, 1, 1), root), width, K)
 
 
 def split_damping(Omega: Tensor, inputs: Tensor, rho: float) -> tuple[Tensor, Tensor]:
@@ -180,7 +203,7 @@ def split_damping(Omega: Tensor, inputs: Tensor, rho: float) -> tuple[Tensor, Te
     return math.sqrt(rho) * pi, math.sqrt(rho) / pi
 
 
-def _state_group(inputs: Tensor, outputs: Tensor, Omega: Tensor, rho: float, width: int) -> _LayerGroup:
+def _state_group(inputs: Tensor, outputs: Tensor, Omega: Tensor, rho: float, width: int, K: int) -> _LayerGroup:
     """D = (Ω + √ρ π I) ⊗ (A + (√ρ/π) I), π as in `split_damping`, for z̃ (g, N, d) and Eᵀ (g, a, K N).
 
     A = z̃ᵀz̃/N. With fewer samples than inputs, N < d, A is the multiple of the identity with the same trace: directions
@@ -199,17 +222,16 @@ def _state_group(inputs: Tensor, outputs: Tensor, Omega: Tensor, rho: float, wid
     F = torch.linalg.cholesky(Omega)
     eye = torch.eye(F.shape[2], dtype=F.dtype, device=F.device)
     outputs = torch.linalg.solve_triangular(F, eye, upper=False) @ outputs  # of the outputs it would make two copies
-    return _LayerGroup(_solve_right(C.mT, inputs, upper=True), outputs, F, C, width)
+    return _LayerGroup(_solve_right(C.mT, inputs, upper=True), outputs, F, C, width, K)
 
 
 class DampedSystem(NamedTuple):
     """M + λ, factored: a `GramSystem` at one λ."""
 
-    groups: list[_LayerGroup]
+    blocks: Sequence[MetricBlock]
     matrix: Tensor  # (K N, K N) M
     factor: Tensor  # (K N, K N) the Cholesky factor of M + λ
     damping: float  # λ; with metric='parameter', λ + c
-    shape: tuple[int, int]  # K, N
 
     def solve(self, y: Tensor) -> Tensor:
         """(M + λ)⁻¹ y for y (K N,)."""
@@ -217,73 +239,71 @@ class DampedSystem(NamedTuple):
 
     def apply_metric(self, v: Tensor) -> Tensor:
         """λ D v, for v (P,)."""
-        return self.damping * self._in_each_group(_LayerGroup.apply, v)
+        return self.damping * torch.cat([block.apply(part) for block, part in self._parts(v)])
 
     def solve_metric(self, v: Tensor) -> Tensor:
         """(λ D)⁻¹ v, for v (P,)."""
-        return self._in_each_group(_LayerGroup.solve, v) / self.damping
+        return torch.cat([block.solve(part) for block, part in self._parts(v)]) / self.damping
 
-    def _in_each_group(self, function: Callable[[_LayerGroup, Tensor], Tensor], v: Tensor) -> Tensor:
-        parts = v.split([math.prod(x.shape) for x in self.groups])
-        pairs = zip(self.groups, parts, strict=True)
-        return torch.cat([x.flatten(function(x, x.unflatten(part))) for x, part in pairs])
+    def _parts(self, v: Tensor) -> Iterable[tuple[MetricBlock, Tensor]]:
+        return zip(self.blocks, v.split([block.size for block in self.blocks]), strict=True)
 
     def transpose(self, y: Tensor) -> Tensor:
         """D⁻¹ Jᵀ y (P,) for y (K N,)."""
-        pieces = []
-        for group in self.groups:
-            weighted = group.outputs * y  # (g, a, K N)
-            if self.shape[0] != 1:
-                weighted = weighted.unflatten(2, self.shape).sum(2)  # (g, a, N)
-            pieces.append(group.flatten(group.unwhiten(weighted @ group.inputs)))
-        return torch.cat(pieces)
+        return torch.cat([block.transpose(y) for block in self.blocks])
 
 
-class GramSystem:
+class GramSystem(ABC):
     """(JᵀJ + cI + λD) x = −Jᵀw − g at one batch, for any λ > 0. c is the factor of an L2 term ½c‖θ‖².
 
-    metric='parameter': D = I. metric='state': D measures the change of all hidden pre-activations, mean over the batch.
-    In hidden layers D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I), in the output layer D_L = ρI. Ω_ℓ is that of
-    `state_weights`. A_ℓ = z̃ᵀz̃/N; where N < d, the multiple of I with the same trace.
+    metric='parameter': D = I. metric='state': D contains ρI, and measures the change of activations besides.
 
     With metric='state' and c > 0, ρ + c/λ replaces ρ. Then λD contains cI exactly, and what it contains besides is
     positive semidefinite and vanishes with λ. This takes a Gram matrix for each λ.
 
-    rest: g (P,), the part of the gradient that Jᵀw doesn't hold, or None. w is the residual of the batch.
+    rest: g (P,), the part of the gradient that Jᵀw doesn't hold, or None. residual: w (N, K), of the batch.
     without_residual: w = 0, all of the gradient is in `rest`.
     """
 
     def __init__(
         self,
-        layers: Sequence[LayerDerivatives],
+        output: ScaledOutput,
         metric: str,
         metric_damping: float,
         weight_decay: float,
         rest: Tensor | None,
-        without_residual: bool = False,
+        without_residual: bool,
     ):
-        self.layers, self.metric, self.metric_damping, self.weight_decay = layers, metric, metric_damping, weight_decay
-        self.root, residual = scaled_output(layers[-1])
+        self.metric, self.metric_damping, self.weight_decay = metric, metric_damping, weight_decay
+        self.root, w = output.root, output.residual.mT.flatten()  # (K N,)
         self.shape = (self.root.shape[2], len(self.root))  # K, N
-        w = residual.mT.flatten()  # (K N,)
         self.residual = torch.zeros_like(w) if without_residual else w
         self.rest = rest
-        self._jacobians = output_jacobians(layers, self.root)
-        self._Omega = state_weights(layers) if metric == "state" else []
-        self._whitened: tuple[float, list[_LayerGroup], Tensor] | None = None  # for the last ρ
+        self._whitened: tuple[float, Sequence[MetricBlock], Tensor] | None = None  # for the last ρ
+
+    @abstractmethod
+    def _blocks(self, rho: float) -> tuple[Sequence[MetricBlock], Tensor]:
+        """J with the metric, and M."""
+
+    @abstractmethod
+    def scaled_tangent(self, x: Tensor) -> Tensor:
+        """J x (K N,) for x (P,)."""
 
     def factorize(self, damping: float) -> DampedSystem | None:
         """M + λ, factored. None where, by overflow or rounding, it or a factor of the metric has no Cholesky factor."""
         state = self.metric == "state"
         shift = damping if state else damping + self.weight_decay
+        rho = self.metric_damping + self.weight_decay / damping if state else 1.0
         try:
-            groups, M = self._metric(self.metric_damping + self.weight_decay / damping if state else 1.0)
+            if self._whitened is None or self._whitened[0] != rho:
+                self._whitened = (rho, *self._blocks(rho))
         except torch.linalg.LinAlgError:
             return None
+        _, blocks, M = self._whitened
         shifted = M.clone()
         shifted.diagonal().add_(shift)
         factor, info = torch.linalg.cholesky_ex(shifted)
-        return DampedSystem(groups, M, factor, shift, self.shape) if int(info) == 0 else None
+        return DampedSystem(blocks, M, factor, shift) if int(info) == 0 else None
 
     def has_residual(self) -> bool:
         """Whether w is accurate. It is not for a sample whose π_y underflows."""
@@ -305,34 +325,53 @@ class GramSystem:
         scaled = damped.solve_metric(v)
         return scaled - damped.transpose(damped.solve(self.scaled_tangent(scaled)))
 
-    def scaled_tangent(self, x: Tensor) -> Tensor:
-        """J x (K N,) for x (P,)."""
-        return self.scale(_logit_tangent(self.layers, x[:, None])[0])
-
     def scale(self, logits: Tensor) -> Tensor:
         """Sᵀ times changes of the logits (N, C): (K N,)."""
         return torch.einsum("nck,nc->kn", self.root, logits).flatten()
 
-    def _metric(self, rho: float) -> tuple[list[_LayerGroup], Tensor]:
-        """The whitened groups, and M."""
-        if self._whitened is None or self._whitened[0] != rho:
-            groups = self._groups(rho)
-            factors = (z for x in groups for z in zip(x.outputs, x.inputs @ x.inputs.mT, strict=True))
-            self._whitened = (rho, groups, _gram_matrix(factors, self.shape))
-        return self._whitened[1:]
+
+class ChainGramSystem(GramSystem):
+    """Of a fully connected network's layers.
+
+    metric='state': D measures the change of all hidden pre-activations, mean over the batch. In hidden layers
+    D_ℓ = (Ω_ℓ + √ρ π I) ⊗ (A_ℓ + (√ρ/π) I), in the output layer D_L = ρI. Ω_ℓ is that of `state_weights`. A_ℓ = z̃ᵀz̃/N;
+    where N < d, the multiple of I with the same trace.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerDerivatives],
+        metric: str,
+        metric_damping: float,
+        weight_decay: float,
+        rest: Tensor | None,
+        without_residual: bool = False,
+    ):
+        super().__init__(scaled_output(layers[-1]), metric, metric_damping, weight_decay, rest, without_residual)
+        self.layers = layers
+        self._jacobians = output_jacobians(layers, self.root)
+        self._Omega = state_weights(layers) if metric == "state" else []
+
+    def scaled_tangent(self, x: Tensor) -> Tensor:
+        return self.scale(_logit_tangent(self.layers, x[:, None])[0])
+
+    def _blocks(self, rho: float) -> tuple[Sequence[MetricBlock], Tensor]:
+        groups = self._groups(rho)
+        factors = (z for x in groups for z in zip(x.outputs, x.inputs @ x.inputs.mT, strict=True))
+        return groups, _gram_matrix(factors, self.shape)
 
     def _groups(self, rho: float) -> list[_LayerGroup]:
-        groups, last = [], len(self.layers) - 1
+        groups, last, K = [], len(self.layers) - 1, self.shape[0]
         shapes = [(layer.weight.shape, layer.inputs.shape[1], i == last) for i, layer in enumerate(self.layers)]
         for (weight, _, is_last), indices in groupby(range(last + 1), key=shapes.__getitem__):
             members = list(indices)
             inputs = torch.stack([self.layers[i].inputs for i in members])
             outputs = torch.stack([self._jacobians[i].flatten(0, 1) for i in members]).mT
             if self.metric == "parameter" or is_last:
-                groups.append(_identity_group(inputs, outputs, rho, weight[1]))
+                groups.append(_identity_group(inputs, outputs, rho, weight[1], K))
             else:
                 Omega = torch.stack([self._Omega[i] for i in members])
-                groups.append(_state_group(inputs, outputs, Omega, rho, weight[1]))
+                groups.append(_state_group(inputs, outputs, Omega, rho, weight[1], K))
         return groups
 
 

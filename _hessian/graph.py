@@ -321,6 +321,11 @@ class Builder:
         """The tensors of these values in one autograd graph with the parameters of the traced network."""
         return [x for node, x in self._results_with_graph().items() if self.values[node] in values]
 
+    @property
+    def outputs(self) -> Tensor:
+        """The network's."""
+        return _tensor(self.results[self.output])
+
     def adjoints(self, loss: Callable[[Tensor], Tensor]) -> dict[Value, Tensor]:
         """β of every value: the derivative of the loss, of the outputs, in it."""
         results = self._results_with_graph()

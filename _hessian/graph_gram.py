@@ -6,7 +6,9 @@ activation, (K, N × its numbers a sample). What has no sample dimension, such a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from scipy.sparse.csgraph import connected_components
@@ -14,7 +16,17 @@ from torch import Tensor, nn
 
 from _hessian.affine_operation import Affine
 from _hessian.costs import RouteCost, factor_operations
-from _hessian.gram import JacobianBlock, OuterProducts, Rows, ScaledJacobian
+from _hessian.gram import (
+    GramSystem,
+    JacobianBlock,
+    MetricBlock,
+    OuterProducts,
+    Rows,
+    ScaledJacobian,
+    ScaledOutput,
+)
+from _hessian.graph import Value
+from _hessian.graph_tangents import is_charged
 from _hessian.operations import CHUNK_BYTES, Operation
 from _hessian.program import GraphProgram
 
@@ -33,25 +45,58 @@ def convex_root(loss_hessian: Tensor) -> Tensor | None:
     places = order.argsort(stable=True).view(len(counts), -1)  # (B, c)
     values, vectors = torch.linalg.eigh(loss_hessian[:, places[:, :, None], places[:, None, :]])  # (N, B, c)
     rounding = 10 * len(places[0]) * torch.finfo(values.dtype).eps * values.abs().amax(-1, keepdim=True)
-    if not bool((values >= -rounding).all()):
+    if not bool(values.min() >= -1e-10 * values.abs().max()):  # of a saturated sample all digits may be rounding
         return None
     values = torch.where(values > rounding, values, 0.0)
     k = int((values > 0).sum(-1).max())  # eigenvalues are in ascending order
     roots = vectors[..., -k:] * values[..., None, -k:].sqrt() if k else vectors[..., :0]  # (N, B, c, k)
     S = loss_hessian.new_zeros(N, C, len(counts), k)
-    S[:, places.flatten(), torch.arange(len(counts), device=order.device).repeat_interleave(places.shape[1])] = (
-        roots.flatten(1, 2)
-    )
+    S[:, places, torch.arange(len(counts), device=order.device)[:, None]] = roots
     return S.flatten(2)
+
+
+def network_output(root: Tensor, adjoint: Tensor) -> ScaledOutput:
+    """S, and w with S w = λ for λ (N, C), the loss's derivative in the outputs. w is NaN if there is none."""
+    scaled = (root.mT @ adjoint[:, :, None])[:, :, 0]
+    squares = root.square().sum(1)  # the columns of S_b are orthogonal
+    w = torch.where(squares > 0, scaled / squares, 0.0)
+    error = (root @ w[:, :, None])[:, :, 0] - adjoint
+    return ScaledOutput(root, w if bool(error.norm() <= 1e-10 * adjoint.norm()) else w.fill_(math.nan))
 
 
 def scaled_jacobian(program: GraphProgram, root: Tensor) -> ScaledJacobian:
     """Sᵀ times the Jacobian of the outputs, for S (N, C, K): a block for each parameter tensor."""
     N, _, K = root.shape
+    return _pulled_back(program, {program.output: root.permute(2, 0, 1).flatten(1)}, (K, N))
+
+
+def state_scales(program: GraphProgram) -> list[float]:
+    """The mean diagonal of SᵀS/N in each parameter tensor, S the derivatives of the outputs of the affine operations
+    but the last. Estimated from rᵀS of each sample, r a random sign for each output."""
+    generator, N = torch.Generator().manual_seed(0), len(program.loss_hessian)
+    sources = {}
+    for value in (x.output for x in program.operations if is_charged(x, program)):
+        signs = torch.randint(2, (1 if value.batch_dim is not None else N, value.size), generator=generator)
+        sources[value] = (2 * signs - 1).to(program.loss_hessian)
+    scales = []
+    for block in _pulled_back(program, sources, (1, N)).blocks:
+        E, similarity = block.factors(1.0)
+        scales.append(float((E.square().sum(0) * similarity.diagonal()).sum()) / (N * block.size))
+    return scales
+
+
+def _pulled_back(program: GraphProgram, sources: Mapping[Value, Tensor], shape: tuple[int, int]) -> ScaledJacobian:
+    """The derivatives of Σ ⟨source, value⟩ in all parameters, sample by sample. shape: K, N.
+
+    sources and what is pulled back: (K, n) of activations, (K N, n) of values without a sample dimension.
+    """
+    K, N = shape
     found: dict[str, list[JacobianBlock]] = {name: [] for name in program.parameters}
-    rows = {program.output: root.permute(2, 0, 1).flatten(1)}  # (K, n) of activations, (K N, n) of others
+    rows = dict(sources)
     for operation in reversed(program.operations):
-        p = rows.pop(operation.output)
+        p = rows.pop(operation.output, None)
+        if p is None:
+            continue
         for index, value in enumerate(operation.inputs):
             if isinstance(operation, Affine) and value == operation.own:
                 for name, block in _own_blocks(operation, p).items():
@@ -61,12 +106,10 @@ def scaled_jacobian(program: GraphProgram, root: Tensor) -> ScaledJacobian:
             rows[value] = rows[value] + pulled if value in rows else pulled
     for value, pulled in rows.items():  # parameters are left
         found[value.name].append(Rows(pulled))
-    return ScaledJacobian([_only(blocks) for blocks in found.values()], (K, N))
-
-
-def _only(blocks: Sequence[JacobianBlock]) -> JacobianBlock:
-    (block,) = blocks  # a parameter is either reduced in one operation, or a value
-    return block
+    # a parameter is reduced in one operation, or a value, or has no effect
+    none = program.loss_hessian.new_zeros
+    blocks = [found[name][0] if found[name] else Rows(none(K * N, p)) for name, p in program.parameters.items()]
+    return ScaledJacobian(blocks, shape)
 
 
 def _pull_back(operation: Operation, p: Tensor, index: int, N: int) -> Tensor:
@@ -124,3 +167,48 @@ def gram_cost(program: GraphProgram, K: int) -> RouteCost:
     derivatives = sum(x.numbers for x in program.operations)
     numbers = n * rows + max(2 * n * n, 2 * K * largest)
     return RouteCost(operations + product + factor_operations(n), 2 * n * n + 4 * n * rows, 8 * (derivatives + numbers))
+
+
+class ScaledBlock(NamedTuple):
+    """Columns of J with the metric D = scale · I."""
+
+    block: JacobianBlock
+    scale: float
+
+    @property
+    def size(self) -> int:
+        return self.block.size
+
+    def apply(self, v: Tensor) -> Tensor:
+        return self.scale * v
+
+    def solve(self, v: Tensor) -> Tensor:
+        return v / self.scale
+
+    def transpose(self, y: Tensor) -> Tensor:
+        return self.block.transpose(y[:, None])[:, 0] / self.scale
+
+
+class NetworkGramSystem(GramSystem):
+    """Of a `TrackedNetwork`. metric='state': D = (ρ + s) I in each parameter tensor, s that of `state_scales`."""
+
+    def __init__(
+        self,
+        jacobian: ScaledJacobian,
+        scales: Sequence[float],
+        output: ScaledOutput,
+        metric: str,
+        metric_damping: float,
+        weight_decay: float,
+        rest: Tensor | None,
+        without_residual: bool,
+    ):
+        super().__init__(output, metric, metric_damping, weight_decay, rest, without_residual)
+        self.jacobian, self.scales = jacobian, scales
+
+    def scaled_tangent(self, x: Tensor) -> Tensor:
+        return self.jacobian.times(x[:, None])[:, 0]
+
+    def _blocks(self, rho: float) -> tuple[Sequence[MetricBlock], Tensor]:
+        blocks = [ScaledBlock(x, rho + s) for x, s in zip(self.jacobian.blocks, self.scales, strict=True)]
+        return blocks, self.jacobian.weighted_gram([1 / x.scale for x in blocks])

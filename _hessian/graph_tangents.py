@@ -69,7 +69,7 @@ def _tangents(program: GraphProgram) -> Iterator[tuple[Operation, Tensor]]:
         known = {value: t for value, t in known.items() if last_use.get(value, 0) > index}
 
 
-def _is_charged(operation: Operation, program: GraphProgram) -> bool:
+def is_charged(operation: Operation, program: GraphProgram) -> bool:
     """Whether the state damping is on its output."""
     return isinstance(operation, Affine) and operation.output != program.output
 
@@ -82,7 +82,7 @@ def gauss_newton_and_state_matrix(program: GraphProgram, by_state: bool) -> tupl
     P, (N, C, _), places = sum(program.parameters.values()), program.loss_hessian.shape, _by_first_use(program)
     states = program.loss_hessian.new_zeros(P, P)
     for operation, t in _tangents(program):
-        if by_state and _is_charged(operation, program):
+        if by_state and is_charged(operation, program):
             states[: len(t), : len(t)].addmm_(t, t.mT)
     J = t  # of the output, which comes last
     scaled = (J.view(-1, N, C).transpose(0, 1) @ program.loss_hessian).transpose(0, 1)
@@ -91,7 +91,7 @@ def gauss_newton_and_state_matrix(program: GraphProgram, by_state: bool) -> tupl
 
 
 def tangent_cost(program: GraphProgram, by_state: bool) -> TangentCost:
-    P, charged = sum(program.parameters.values()), [x for x in program.operations if _is_charged(x, program)]
+    P, charged = sum(program.parameters.values()), [x for x in program.operations if is_charged(x, program)]
     rows = program.output.size + sum(x.output.size for x in charged if by_state)
     forward = sum(x.pull_back_cost for x in program.operations)
     largest = max(x.output.size + sum(value.size for value in x.inputs) for x in program.operations)

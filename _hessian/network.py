@@ -32,7 +32,14 @@ from _hessian.general_operation import ClosedForms, check_closed_forms
 from _hessian.gram import GramFactor, ScaledJacobian
 from _hessian.graph import Builder
 from _hessian.graph_costs import checkpoint_starts, step_costs, sweep_cost
-from _hessian.graph_gram import convex_root, gram_cost, scaled_jacobian
+from _hessian.graph_gram import (
+    NetworkGramSystem,
+    convex_root,
+    gram_cost,
+    network_output,
+    scaled_jacobian,
+    state_scales,
+)
 from _hessian.graph_tangents import TANGENT_BYTES, gauss_newton_and_state_matrix, tangent_cost
 from _hessian.layers import Damping, NotPositiveDefinite, TrackedBatch, TrackedDataSet
 from _hessian.losses import accurate_loss
@@ -199,6 +206,7 @@ class _Kept:
     states: StateProducts | None = None
     matrices: tuple[Tensor, Tensor] | None = None  # H and Σ SᵀS/N, where they are needed for many μ
     root: Tensor | None = None  # (N, C, K) S with Λ_b = S_b S_bᵀ
+    jacobian: ScaledJacobian | None = None  # Sᵀ times the outputs' Jacobian, where it is needed for many λ
 
 
 class Network(NamedTuple):
@@ -329,6 +337,21 @@ class Network(NamedTuple):
         if self.kept.root is None:
             self.kept.root = convex_root(self.program.loss_hessian)
         return self.kept.root
+
+    def gram_system(
+        self, metric: str, metric_damping: float, weight_decay: float, rest: Tensor | None, without_residual: bool
+    ) -> NetworkGramSystem:
+        """As `GramSystem`. After `choose_route`."""
+        root, builder = self._root(), self.kept.builder
+        assert root is not None and builder is not None, "checked with the route"
+        if self.kept.jacobian is None:
+            self.kept.jacobian = scaled_jacobian(self.program, root)
+        scales = state_scales(self.program) if metric == "state" else [0.0] * len(self.parameters)
+        adjoint = torch.func.grad(self.loss)(builder.outputs).view(len(root), -1)
+        output = network_output(root, adjoint)
+        return NetworkGramSystem(
+            self.kept.jacobian, scales, output, metric, metric_damping, weight_decay, rest, without_residual
+        )
 
     def _gram_cost(self) -> RouteCost | None:
         """None where the matrix has no such route."""

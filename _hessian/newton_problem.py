@@ -12,7 +12,7 @@ from torch import Tensor
 from _hessian import factorization
 from _hessian.costs import RouteCost, route_costs, shapes_of_layers
 from _hessian.factorization import Solver, System
-from _hessian.gram import gauss_newton_product
+from _hessian.gram import ChainGramSystem, GramSystem, gauss_newton_product
 from _hessian.input_span import InputSpan, is_wide
 from _hessian.layers import LayerDerivatives, OutputHessian, TrackedBatch, same_shape_groups, with_curvature
 from _hessian.network import Network, NetworkAtBatch, TrackedNetwork
@@ -20,6 +20,7 @@ from _hessian.newton_options import Options
 from _hessian.objective import Chain, ChainLosses, NetworkLosses, Objective
 from _hessian.ranks import Ranks
 from _hessian.settings import Settings
+from _hessian.step_cost import prefers_gram
 
 
 class Problem(Protocol):
@@ -41,9 +42,11 @@ class Problem(Protocol):
     def span(self) -> InputSpan | None:
         """θ, g and steps are in its coordinates."""
 
-    @property
-    def layers(self) -> tuple[LayerDerivatives, ...] | None:
-        """Of the sub-batch, if the Gram route knows the network."""
+    def prefers_gram(self) -> bool:
+        """Whether Gauss–Newton steps are by the Gram matrix: as asked for, or by counted operations."""
+
+    def gram_system(self, rest: Tensor | None, without_residual: bool = False) -> GramSystem:
+        """Of the sub-batch."""
 
     def hessian_bytes(self) -> float:
         """Memory to factor H."""
@@ -107,6 +110,14 @@ class ChainProblem:
         self._own_layers = tuple(x.in_float32() for x in layers) if single else layers
         self._product = ranks.shared(lambda v: gauss_newton_product(self._own_layers, v[:, None])[:, 0])
 
+    def prefers_gram(self) -> bool:
+        return prefers_gram(shapes_of_layers(self.layers), len(self.layers[0].inputs), self.options)
+
+    def gram_system(self, rest: Tensor | None, without_residual: bool = False) -> GramSystem:
+        options = self.options
+        rho = options.metric_damping or (1e-4 if options.uses_all_samples(self.num_samples) else 0.1)
+        return ChainGramSystem(self.layers, options.metric, rho, options.weight_decay, rest, without_residual)
+
     def hessian_bytes(self) -> float:
         return _bytes(route_costs(shapes_of_layers(self.layers), self.num_samples))
 
@@ -126,7 +137,7 @@ class NetworkProblem:
     """Of a `TrackedNetwork`."""
 
     logits: Callable[[Tensor], Tensor] | None = None
-    span, layers = None, None
+    span = None
 
     def __init__(self, model: TrackedNetwork, at_batch: NetworkAtBatch, options: Options, step: int):
         self.options, self.ranks, self.num_samples = options, Ranks(), len(at_batch.batch.inputs[0])
@@ -141,6 +152,16 @@ class NetworkProblem:
         self._all_samples = at_batch.system("gauss_newton")
         self._systems: dict[str, Network] = {}
         self.may_leave_residual = options.weight_decay > 0 or model.loss != "cross_entropy"
+
+    def prefers_gram(self) -> bool:
+        route = self.options.route
+        settings = Settings(1.0, route=route)
+        chosen = route != "sweep" and self.system("gauss_newton").choose_route(settings, formed=False, may_mix=False)
+        return chosen == "gram"
+
+    def gram_system(self, rest: Tensor | None, without_residual: bool = False) -> GramSystem:
+        metric, rho, c = self.options.metric, self.options.metric_damping or 0.1, self.options.weight_decay
+        return self.system("gauss_newton").gram_system(metric, rho, c, rest, without_residual)
 
     def hessian_bytes(self) -> float:
         return _bytes(self.system("hessian").costs(Settings()))

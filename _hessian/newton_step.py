@@ -10,14 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from _hessian.costs import shapes_of_layers
 from _hessian.layers import SingularHessianError
 from _hessian.newton_options import State
 from _hessian.newton_problem import Problem
 from _hessian.newton_systems import ConjugateGradients, FactoredSteps, GramSteps, Systems, definite_factorization
 from _hessian.objective import Terms, total
 from _hessian.quasi_newton import ROUNDING, Point, exact_round
-from _hessian.step_cost import prefers_gram
 from _hessian.tables import html_table
 from _hessian.trust_region import solve_trust_region
 
@@ -85,9 +83,8 @@ class NewtonStep:
 
     @cached_property
     def gauss_newton(self) -> Systems:
-        problem, layers = self.problem, self.problem.layers
-        by_gram = layers is not None and prefers_gram(shapes_of_layers(layers), len(layers[0].inputs), self.options)
-        systems = GramSteps(problem) if by_gram else FactoredSteps(problem, "gauss_newton")
+        problem = self.problem
+        systems = GramSteps(problem) if problem.prefers_gram() else FactoredSteps(problem, "gauss_newton")
         by_products = self.options.uses_conjugate_gradients(problem.num_samples)
         return ConjugateGradients(problem, systems, self._last_step()) if by_products else systems
 

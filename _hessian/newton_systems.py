@@ -78,15 +78,12 @@ class GramSteps:
     @cached_property
     def system(self) -> GramSystem:
         """With the gradient as Jᵀw, where the batch has a w with all its digits."""
-        problem, options = self.problem, self.problem.options
-        assert problem.layers is not None, "chosen by prefers_gram"
-        c, all_samples = options.weight_decay, options.uses_all_samples(problem.num_samples)
-        rho = options.metric_damping or (1e-4 if all_samples else 0.1)
-        if all_samples:
-            system = GramSystem(problem.layers, options.metric, rho, c, c * problem.objective.theta if c else None)
+        problem, c = self.problem, self.problem.options.weight_decay
+        if problem.options.uses_all_samples(problem.num_samples):
+            system = problem.gram_system(c * problem.objective.theta if c else None)
             if system.has_residual():
                 return system
-        return GramSystem(problem.layers, options.metric, rho, c, problem.gradient, without_residual=True)
+        return problem.gram_system(problem.gradient, without_residual=True)
 
     def solve(self, damping: float) -> Solution | None:
         damped = self.system.factorize(damping)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from _hessian import step_cost
 from _hessian.costs import shapes_of_layers
-from _hessian.gram import GramSystem, gauss_newton_product, scaled_output, split_damping
+from _hessian.gram import ChainGramSystem, gauss_newton_product, scaled_output, split_damping
 from hessian import compute_layer_derivatives
 from newton import DampedNewton
 from tests.newton_oracles import eye, logits_jacobian, output_hessian
@@ -115,7 +115,7 @@ def test_gram_system(case, metric, weight_decay):
         (any_gradient, True, any_gradient),
         (any_gradient, False, g + any_gradient),
     ):
-        system = GramSystem(layers, metric, rho, c, rest, without_residual=alone)
+        system = ChainGramSystem(layers, metric, rho, c, rest, without_residual=alone)
         x, Jx = system.step(system.factorize(damping))
         exact = torch.linalg.solve(A, -full)
         assert relative(x - exact, exact) < 1e-9
@@ -137,7 +137,7 @@ def test_gram_operations_are_what_is_counted(metric):
     model, loss = tracked_loss(Case((16,) * 10, 24, inputs=16, classes=8))
     layers, K, N = compute_layer_derivatives(model), 7, 24
     elementwise = 2 * (N * K) ** 2 * len(layers)  # a product and a sum, which the counter doesn't see
-    counted = counted_operations(lambda: GramSystem(layers, metric, 1e-2, 0.1, None).factorize(1.0)) + elementwise
+    counted = counted_operations(lambda: ChainGramSystem(layers, metric, 1e-2, 0.1, None).factorize(1.0)) + elementwise
     options = DampedNewton(model, metric=metric)._options()
     assert counted == pytest.approx(step_cost._gram_operations(shapes_of_layers(layers), N, options), rel=0.15)
 
@@ -145,7 +145,7 @@ def test_gram_operations_are_what_is_counted(metric):
 def test_a_metric_that_overflows_gives_no_step():
     model, loss = tracked_loss(Case((6, 4, 7), 3))
     layers = [x._replace(weight=1e200 * x.weight) for x in compute_layer_derivatives(model)]
-    assert GramSystem(layers, "state", 1e-4, 0.0, None).factorize(1.0) is None
+    assert ChainGramSystem(layers, "state", 1e-4, 0.0, None).factorize(1.0) is None
 
 
 def test_split_damping_of_dead_inputs():

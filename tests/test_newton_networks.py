@@ -12,11 +12,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from _hessian import network
-from _hessian.newton_systems import ConjugateGradients, FactoredSteps
+from _hessian.graph_gram import state_scales
+from _hessian.newton_problem import NetworkProblem
+from _hessian.newton_step import NewtonStep
+from _hessian.newton_systems import ConjugateGradients, FactoredSteps, GramSteps
 from benchmarks.example_networks import EXAMPLES, GPT, Example, TwoInputs, build
 from hessian import TrackedNetwork
 from newton import DampedNewton, trust_region_step
-from tests.newton_oracles import Closure, eye, parameters_of, problem_of
+from tests.newton_oracles import Closure, eye, parameters_of, problem_of, state_of
 from tests.oracles import random_vector, relative
 from tests.test_networks import oracle
 
@@ -143,11 +146,75 @@ def test_every_system_is_solved(name, monkeypatch):
     assert bool(frozen) == (name == "gpt, half frozen") and routes == {"dense", "sweep"}
 
 
-@pytest.mark.parametrize("name, stop", [("lenet", 5), pytest.param("gpt", 10, marks=pytest.mark.slow)])
-def test_a_run_ends_at_a_certified_minimum_and_goes_on_bit_for_bit(name, stop):
+def gram_metric(problem: NetworkProblem, rho: float) -> Tensor:
+    """D (P,), as the system has it."""
+    program = problem.system("gauss_newton").program
+    scales = state_scales(program) if problem.options.metric == "state" else [1.0] * len(program.parameters)
+    of_all = 0.0 if problem.options.metric == "parameter" else rho
+    sizes = torch.tensor(list(program.parameters.values()))
+    return (torch.tensor(scales, dtype=torch.float64) + of_all).repeat_interleave(sizes)
+
+
+@pytest.mark.parametrize("c", [0.0, 0.01])
+@pytest.mark.parametrize("metric", ["parameter", "state"])
+@pytest.mark.parametrize("name", ["lenet", "autoencoder", pytest.param("gpt, tied", marks=pytest.mark.slow)])
+def test_gram_systems(name, metric, c):
+    """x, J x and the preconditioner against dense solves; the gradient as Jᵀw and as any vector."""
+    model, x, y = model_of(name)
+    rho, damping = 0.3, 0.7
+    optimizer = DampedNewton(model, metric=metric, metric_damping=rho, weight_decay=c, route="gram")
+    problem = problem_of(optimizer, closure_of(model, x, y))
+    g, theta = gradient(model, x, y), torch.cat([p.detach().flatten() for p in trainable(model)])
+    D = damping * gram_metric(problem, rho) + c  # ρ + c/λ in the place of ρ
+    A, v = gauss_newton(model, x, y) + D.diag(), random_vector(len(g))
+    for rest, alone, full in ((c * theta if c else None, False, g + c * theta), (v, True, v), (v, False, g + v)):
+        system = problem.gram_system(rest, without_residual=alone)
+        damped = system.factorize(damping)
+        step, J_step = system.step(damped)
+        expected = torch.linalg.solve(A, -full)
+        assert system.has_residual() and relative(step - expected, expected) <= 1e-10
+        assert relative(J_step - system.scaled_tangent(expected), J_step) <= 1e-10
+    expected = torch.linalg.solve(A, v)
+    assert relative(system.inverse(damped, v) - expected, expected) <= 1e-10
+    assert relative(damped.apply_metric(v) - D * v, v) <= 1e-13
+    solution = NewtonStep(problem, trainable(model), state_of(optimizer)).gauss_newton.solve(damping)
+    expected = torch.linalg.solve(A, -(g + c * theta))
+    assert solution is not None and relative(solution.x - expected, expected) <= 1e-10
+
+
+def test_the_scales_of_the_state_metric():
+    """The mean diagonal of SᵀS/N: exactly, if a sample has one pre-activation; else by random signs."""
+    torch.manual_seed(0)
+    alone = TrackedNetwork(nn.Sequential(nn.Linear(3, 1), nn.Tanh(), nn.Linear(1, 3)).double())
+    cases = [((alone, random_vector(5, 3), torch.arange(5) % 3), 1e-12)]
+    for (model, x, y), rtol in [*cases, (model_of("lenet"), 0.5), (model_of("autoencoder"), 0.5)]:
+        problem = problem_of(DampedNewton(model), closure_of(model, x, y))
+        program = problem.system("gauss_newton").program
+        diagonal = state_matrix(model, x).diagonal().split(list(program.parameters.values()))
+        assert state_scales(program) == pytest.approx([float(part.mean()) for part in diagonal], rel=rtol)
+
+
+def test_a_gradient_outside_of_the_range_has_no_residual():
+    """Of a sample that is wrong beyond rounding. The step is the same system's, without w."""
+    model, x, y = model_of("lenet")
+    with torch.no_grad():
+        model.net[-1].weight.mul_(1e3)
+    problem = problem_of(DampedNewton(model, route="gram"), closure_of(model, x, y))
+    assert not problem.gram_system(None).has_residual()
+    solution = GramSteps(problem).solve(10.0)
+    A = gauss_newton(model, x, y) + 10 * gram_metric(problem, 0.1).diag()
+    expected = torch.linalg.solve(A, -gradient(model, x, y))
+    assert solution is not None and relative(solution.x - expected, expected) <= 1e-8
+
+
+@pytest.mark.parametrize(
+    "name, stop, route",
+    [("lenet", 5, "auto"), ("lenet", 5, "gram"), pytest.param("gpt", 10, "auto", marks=pytest.mark.slow)],
+)
+def test_a_run_ends_at_a_certified_minimum_and_goes_on_bit_for_bit(name, stop, route):
     model, x, y = model_of(name)
     c = 0.02
-    optimizer, saved, objectives = DampedNewton(model, weight_decay=c), None, []
+    optimizer, saved, objectives = DampedNewton(model, weight_decay=c, route=route), None, []
     for step in range(150):
         if step == stop:
             saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -163,7 +230,7 @@ def test_a_run_ends_at_a_certified_minimum_and_goes_on_bit_for_bit(name, stop):
     with torch.no_grad():
         for p in again.parameters():
             p.zero_()
-    continued = DampedNewton(again, weight_decay=c)
+    continued = DampedNewton(again, weight_decay=c, route=route)
     again.load_state_dict(saved[0])
     continued.load_state_dict(saved[1])
     for _ in range(stop, len(objectives)):
@@ -172,17 +239,23 @@ def test_a_run_ends_at_a_certified_minimum_and_goes_on_bit_for_bit(name, stop):
     assert repr(continued.report) == repr(optimizer.report)
 
 
+@pytest.mark.parametrize("route", ["sweep", "gram"])
 @pytest.mark.parametrize("metric", ["parameter", "state"])
-def test_conjugate_gradients_with_a_sub_batch(metric):
+def test_conjugate_gradients_with_a_sub_batch(metric, route):
     model, x, y = model_of("lenet")
-    optimizer = DampedNewton(model, metric=metric, metric_damping=0.3, curvature_batch=4, cg_iterations=80)
+    options = {"metric": metric, "route": route, "metric_damping": 0.3, "curvature_batch": 4, "cg_iterations": 80}
+    optimizer = DampedNewton(model, **options)
     problem = problem_of(optimizer, closure_of(model, x, y))
-    systems = ConjugateGradients(problem, FactoredSteps(problem, "gauss_newton"), None)
+    by_gram = route == "gram"
+    systems = ConjugateGradients(
+        problem, GramSteps(problem) if by_gram else FactoredSteps(problem, "gauss_newton"), None
+    )
     solution = systems.solve(0.5, stop=1e-26)
     chosen = [i for i in range(6) if any(torch.equal(x[i], z) for z in problem._sub_batch.batch.inputs[0])]
     assert len(chosen) == 4
     D = eye(len(problem.gradient))
     D = D if metric == "parameter" else 0.3 * D + state_matrix(model, x[chosen])
+    D = gram_metric(problem, 0.3).diag() if by_gram else D
     expected = torch.linalg.solve(gauss_newton(model, x, y) + 0.5 * D, -problem.gradient)
     assert solution is not None and relative(solution.x - expected, expected) <= 1e-10
     sub_batch = gauss_newton(model, x[chosen], y[chosen])
@@ -222,8 +295,9 @@ def test_a_float32_model_takes_nearly_the_step_of_a_float64_one():
 
 def test_wrong_use():
     model, x, y = model_of("lenet")
-    with pytest.raises(ValueError, match="is for DeepMLPWithTracking: pass route='auto'"):
-        DampedNewton(model, route="gram")
+    by_gram = TrackedNetwork(model.net, lambda outputs, y: torch.sin(outputs).sum(1))
+    with pytest.raises(ValueError, match="convex in the outputs: choose another route"):
+        DampedNewton(by_gram, route="gram").step(closure_of(by_gram, x, y))
     optimizer = DampedNewton(model)
     with pytest.raises(TypeError, match="call hessian.estimate_cost"):
         optimizer.estimate_step(6)
