@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from unittest import mock
 
 import pytest
@@ -133,6 +134,9 @@ def test_checkpointed_layers(batch):
             once = counted_operations(lambda: factorize_hessian(model, loss, 1e4, route="sweep"))  # noqa: B023
             direct = counted_operations(lambda f=checkpointed: f.solve(v, rtol=None))
             assert direct <= 2.05 * once
+    factor = weakref.ref(checkpointed._factor)
+    del checkpointed
+    assert factor() is None  # in no cycle of references: its memory is free at once
 
 
 @pytest.mark.slow
