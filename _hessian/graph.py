@@ -16,6 +16,8 @@ from torch import Tensor, fx, nn
 from _hessian.argument_checks import check_used
 from _hessian.trace import LEAVES, Recorder, Traced
 
+_CONSTANTS = (int, float, torch.Size, torch.dtype, torch.device)  # no functions of a tensor's values
+
 
 class Value(NamedTuple):
     """A tensor with a tangent: an activation, or a parameter that is not reduced (no batch dimension).
@@ -117,7 +119,7 @@ class Builder:
         for node in nodes:
             depends = any(name in self.parameters for name in self._brought_in(node))
             depends = depends or not self.tangent.isdisjoint(node.all_input_nodes)
-            is_constant = node.target == "detach" or isinstance(self.results[node], int | float | torch.Size)
+            is_constant = node.target == "detach" or isinstance(self.results[node], _CONSTANTS)
             if depends and not is_constant:
                 self.tangent.add(node)
         needed, todo = {self.output}, [self.output]

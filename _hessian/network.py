@@ -496,11 +496,12 @@ def network_system(model: TrackedNetwork, loss: Tensor, curvature: str, state_da
     """The system at the tracked loss, after every check that it is that of the parameters."""
     tracked = check_tracked(model._tracked, loss, list(model.parameters()))
     copied = _in_float64(model)
-    traces: list[Traced] = []  # one serves all batches
+    traces: dict[tuple[torch.Size, ...], Traced] = {}  # one serves all batches whose samples have the same shapes
 
     def network(batch: TrackedBatch[tuple[Tensor, ...]]) -> Network:
-        at_batch = _checked_at_batch(copied, batch, loss.device, *traces)
-        traces[:] = [at_batch.traced]
+        shapes = tuple(x.shape[1:] for x in batch.inputs)
+        at_batch = _checked_at_batch(copied, batch, loss.device, traces.get(shapes))
+        traces[shapes] = at_batch.traced
         return at_batch.system(curvature, state_damping)
 
     return DataSet(tracked, network) if isinstance(tracked, TrackedDataSet) else network(tracked)

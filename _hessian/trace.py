@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -48,14 +48,84 @@ class Traced(NamedTuple):
     names: dict[int, str]  # of its parameters by id, as net.named_parameters() has them: a tied one has one name
 
 
+class _Sizes(tuple):
+    """The shape of a traced tensor: integers, but a proxy for the number of samples."""
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        return _Sizes(found) if isinstance(index, slice) else found
+
+    def numel(self):
+        return math.prod(self)
+
+
+class _Proxy(fx.Proxy):
+    """Its sizes are known, so that loops, branches and asserts may depend on them."""
+
+    tracer: _Tracer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "shape":
+            return self.size()
+        return self.dim() if name == "ndim" else super().__getattr__(name)
+
+    def size(self, dim: int | None = None) -> Any:
+        first, second = (x.shape for x in self.tracer.values(self.node))
+        traced: Any = super().__getattr__("shape")
+        found = _Sizes(m if m == n else traced[i] for i, (m, n) in enumerate(zip(first, second, strict=True)))
+        return found if dim is None else found[dim]
+
+    def dim(self) -> int:
+        return self.tracer.values(self.node)[0].dim()
+
+    def __len__(self) -> int:
+        first, second = (len(x) for x in self.tracer.values(self.node))
+        if first != second:
+            raise fx.proxy.TraceError("the number of samples is taken as a length")
+        return first
+
+
 class _Tracer(fx.Tracer):
-    def __init__(self, leaves: tuple[type[nn.Module], ...]):
+    """inputs: of the network, and the same with one more sample."""
+
+    def __init__(self, leaves: tuple[type[nn.Module], ...], inputs: Sequence[Sequence[Tensor]]):
         super().__init__()
-        self._leaves = leaves + _UNTRACEABLE
+        self._leaves, self._inputs = leaves + _UNTRACEABLE, inputs
+        self._interpreters: list[fx.Interpreter] = []
+        self._runs = False  # what is called is run, not traced
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = isinstance(m, LEAVES) and _as_in_torch(m)
         return known or isinstance(m, self._leaves) or _written_out(m) is not None or _plain(m)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def call_module(self, m, forward, args, kwargs):
+        return forward(*args, **kwargs) if self._runs else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        return attr_val if self._runs else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def iter(self, obj: Any) -> Iterator[fx.Proxy]:
+        return iter([obj[i] for i in range(len(obj))])
+
+    def values(self, node: fx.Node) -> list[Any]:
+        """Of a node, for the inputs, and for one more sample."""
+        if not self._interpreters:
+            self._interpreters = [fx.Interpreter(self.root, False, self.graph) for _ in self._inputs]
+            for interpreter, inputs in zip(self._interpreters, self._inputs, strict=True):
+                interpreter.args_iter = iter(inputs)
+        self._runs = True
+        try:
+            with torch.no_grad():
+                for interpreter in self._interpreters:
+                    for x in self.graph.nodes:
+                        if x not in interpreter.env:
+                            interpreter.env[x] = interpreter.run_node(x)
+        finally:
+            self._runs = False
+        return [interpreter.env[node] for interpreter in self._interpreters]
 
 
 def _as_in_torch(m: nn.Module) -> bool:
@@ -91,15 +161,15 @@ def trace(net: nn.Module, inputs: Sequence[Tensor], leaves: tuple[type[nn.Module
                 f"{name} of kind {type(module).__name__} has parameters: closed forms are for modules without any. "
                 "Make it of nn.Linear and a module that takes its output"
             )
-    tracer = _Tracer(leaves)
+    tracer = _Tracer(leaves, ([x.clone() for x in inputs], [torch.cat([x, x[:1]]) for x in inputs]))
     try:
         with _traced_factories():
             graph = tracer.trace(net, _defaults(net, len(inputs)))
     except (torch.fx.proxy.TraceError, TypeError, RuntimeError, AttributeError) as error:
         raise TypeError(
             f"torch.fx can't trace {type(net).__name__}, {_place(error)}: {str(error).split('. ')[0]}. Control flow "
-            "(if, assert, a loop's length) must not depend on data or on sizes: take constants for sizes, and "
-            "torch.where for branches and for x[i] = y"
+            "(if, assert, a loop's length) must not depend on data or on the number of samples: take torch.where for "
+            "branches and for x[i] = y"
         ) from error
     traced = fx.GraphModule(net, graph)
     recorder = Recorder(traced)
@@ -132,7 +202,8 @@ def _defaults(net: nn.Module, num_inputs: int) -> dict[str, object]:
 
 def _place(error: Exception) -> str:
     """The line of the network that torch.fx stopped at."""
-    frames = [x for x in traceback.extract_tb(error.__traceback__) if not x.filename.startswith(fx.__path__[0])]
+    skipped = (__file__, fx.__path__[0])
+    frames = [x for x in traceback.extract_tb(error.__traceback__) if not x.filename.startswith(skipped)]
     return f"at line {frames[-1].lineno} of {Path(frames[-1].filename).name}, `{frames[-1].line}`"
 
 

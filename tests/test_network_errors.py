@@ -109,9 +109,13 @@ def without_graph(h: Tensor) -> Tensor:
     return h * factor
 
 
-def uses_size(h: Tensor) -> Tensor:
-    assert h.shape[1] < 10
+def depends_on_samples(h: Tensor) -> Tensor:
+    assert h.shape[0] < 10
     return h
+
+
+def loop_over_samples(h: Tensor) -> Tensor:
+    return torch.stack([row.tanh() for row in h])
 
 
 @pytest.mark.parametrize(
@@ -119,7 +123,8 @@ def uses_size(h: Tensor) -> Tensor:
     [
         (Net(discarded), "other outputs or derivatives than the network: take out in-place operations"),
         (Net(without_graph), "other outputs or derivatives .*torch.no_grad"),
-        (Net(uses_size), "line [0-9]+ of test_network_errors.py, `assert h.shape.*data or on sizes"),
+        (Net(depends_on_samples), "line [0-9]+ of test_network_errors.py, `assert h.shape.*data or on the number of"),
+        (Net(loop_over_samples), "line [0-9]+ of test_network_errors.py, `return torch.stack.*number of samples"),
         (Net(then=lambda x: (x, x)), "must return one tensor .*, got tuple: wrap it in a module"),
         (Net(nn.RReLU()), "RReLU in training mode, which is random: call .eval"),
         (nn.DataParallel(Net()), "is wrapped .*DataParallel.*pass the plain module"),

@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+import math
 import mmap
 
 import pytest
@@ -310,6 +311,47 @@ def test_unused_parameters_are_refused(way, route):
         factorize_hessian(model, model(x, y, track_activations=True), 0.1, route=route)
     model.net.other.requires_grad_(False)
     factorize_hessian(model, model(x, y, track_activations=True), 0.1, route=route)
+
+
+class Sized(nn.Module):
+    """Loops, branches, asserts and constants by sizes, as people write them. Steps: of any number up to 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position, self.i, self.h, self.o = nn.Embedding(4, 2), nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        N, steps, width = x.size()
+        assert steps <= 4 and x.ndim == len(x.shape) == x.dim(), f"{steps} steps"
+        x = x + self.position(torch.arange(steps)) / math.sqrt(x.size(-1))
+        h, mask = torch.zeros(N, 3, dtype=x.dtype), torch.tril(torch.ones(steps, steps, dtype=x.dtype))
+        x = (mask @ x).view(*x.shape[:-1], width)
+        for step in range(x.shape[1]):
+            h = torch.tanh(self.i(x[:, step]) + self.h(h))
+        for z in x.unbind(1):
+            h = h + self.i(z).sin()
+        return self.o(h if x.shape[1:].numel() < 9 and len(self.o.weight.shape) == 2 else -h)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_sizes_are_constants_of_the_graph(steps):
+    """Of one batch, and of batches that have other sizes each."""
+    torch.manual_seed(0)
+    model, batches = TrackedNetwork(Sized().double()), []
+    for n, s in ((3, steps), (2, 4), (1, steps)):
+        batches.append((random_vector(n * s, 2).view(n, s, 2), torch.arange(n) % 2))
+    (x, y), *_ = batches
+    loss = model(x, y, track_activations=True)
+    H, v = oracle(model, x, y), random_vector(sum(p.numel() for p in model.parameters()))
+    f = factorize_hessian(model, loss, 0.1, route="sweep")
+    assert relative(H @ f.solve(v) + 0.1 * f.solve(v) - v, v) <= 1e-12
+    assert f.num_negative_eigenvalues == int((torch.linalg.eigvalsh(H) < -0.1).sum())
+    single = [
+        hessian_vector_product(model, model(x, y, track_activations=True), v, state_damping=0.3) for x, y in batches
+    ]
+    expected = sum(len(x) / 6 * product for (x, _), product in zip(batches, single, strict=True))
+    product = hessian_vector_product(model, model.track_batches(batches), v, state_damping=0.3)
+    assert relative(product - expected, expected) <= 1e-12
 
 
 class Branching(nn.Module):
