@@ -166,7 +166,7 @@ class _LayerGroup(NamedTuple):
     def transpose(self, y: Tensor) -> Tensor:
         weighted = self.outputs * y  # (g, a, K N)
         if self.num_columns != 1:
-            weighted = weighted.unflatten(2, (self.num_columns, -1)).sum(2)  # (g, a, N)
+            weighted = weighted.unflatten(2, (self.num_columns, self.inputs.shape[1])).sum(2)  # (g, a, N)
         return self._flatten(self.unwhiten(weighted @ self.inputs))
 
     @property
