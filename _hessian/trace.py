@@ -165,6 +165,11 @@ def trace(net: nn.Module, inputs: Sequence[Tensor], leaves: tuple[type[nn.Module
     try:
         with _traced_factories():
             graph = tracer.trace(net, _defaults(net, len(inputs)))
+    except NameError as error:  # torch.fx knows no name for the module
+        raise TypeError(
+            f"{type(net).__name__} calls a module that is not one of its own, {_place(error)}: a lambda that keeps a "
+            "module is not copied with the network. Call self.… in `forward`"
+        ) from error
     except (torch.fx.proxy.TraceError, TypeError, RuntimeError, AttributeError) as error:
         raise TypeError(
             f"torch.fx can't trace {type(net).__name__}, {_place(error)}: {str(error).split('. ')[0]}. Control flow "

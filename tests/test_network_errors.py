@@ -118,9 +118,20 @@ def loop_over_samples(h: Tensor) -> Tensor:
     return torch.stack([row.tanh() for row in h])
 
 
+class KeptInALambda(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.call = lambda x: self.b(self.a(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x)
+
+
 @pytest.mark.parametrize(
     "net, message",
     [
+        (KeptInALambda().double(), r"not one of its own, at line [0-9]+ of test_network_errors.py, `self.call = lambda"),
         (Net(discarded), "other outputs or derivatives than the network: take out in-place operations"),
         (Net(without_graph), "other outputs or derivatives .*torch.no_grad"),
         (Net(depends_on_samples), "line [0-9]+ of test_network_errors.py, `assert h.shape.*data or on the number of"),
