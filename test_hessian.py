@@ -125,9 +125,12 @@ def peak_bytes(num_layers: int) -> int:
     """Peak resident memory of a fresh process that factors and solves at width 32, N = 16."""
     code = (
         "import resource, torch; torch.set_num_threads(1); from test_hessian import *\n"
+        "from benchmarks.processes import resident_bytes\n"
         f"model, loss = tracked_loss(Case((32,) * {num_layers - 1}, 16, inputs=32))\n"
         "factorize_hessian(model, loss, 0.1, route='sweep').solve(random_vector(num_parameters(model)))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))"
+        # on Linux ru_maxrss begins at the peak of the process that started this one
+        "linux = sys.platform == 'linux'\n"
+        "print(resident_bytes('VmHWM') if linux else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     # glibc: give freed arrays back at once, or the peak measures fragmentation
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
